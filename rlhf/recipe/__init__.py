@@ -1,0 +1,1 @@
+"""Recipes: what a stage is asked to do, checked before anything heavy is imported."""

@@ -1,0 +1,213 @@
+"""Blocks that recipes are made of. Every option, default, range and help line lives here or in `options.py`, nowhere else.
+
+No torch: a recipe must be refused in a blink. Field descriptions are what `rlhf explain KEY` and `rlhf schema STAGE` print.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Block(BaseModel):
+    """A group of options. Unknown keys are errors, values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, validate_default=True)
+
+
+class LoraBlock(Block):
+    """Low-rank adapters instead of full fine-tuning (arXiv:2106.09685)."""
+
+    rank: int = Field(16, ge=1, description="rank of the update matrices")
+    alpha: float = Field(32, gt=0, description="scale of the update, applied as alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the adapter input; keep 0 outside SFT")
+    target: str | list[str] = Field("all-linear", description="module names that get an adapter, or all-linear")
+
+
+class InitBlock(Block):
+    """A small Llama-style model made from scratch, with a BPE tokenizer trained on the stage's own data."""
+
+    hidden: int = Field(128, ge=8, description="hidden size")
+    layers: int = Field(4, ge=1, description="transformer blocks")
+    heads: int = Field(4, ge=1, description="attention heads; must divide hidden")
+    kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as heads")
+    ffn: int | None = Field(None, ge=8, description="feed-forward size; default: 4 x hidden")
+    vocab: int = Field(1024, ge=300, description="tokens of the BPE vocabulary, special tokens included")
+    context: int = Field(512, ge=16, description="longest sequence in tokens")
+    tied: bool = Field(True, description="share input and output embeddings")
+    dropout: float = Field(0.0, ge=0, lt=1, description="attention dropout")
+
+
+class ModelRef(Block):
+    """Where a model comes from: exactly one of `from`, `path` and `init`."""
+
+    from_: str | None = Field(
+        None, alias="from", description="a stage of this run directory (sft) or of another one (runs/other/sft)"
+    )
+    path: str | None = Field(None, description="a local model folder or a hub id")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+
+
+class ModelBlock(ModelRef):
+    """The model a stage trains."""
+
+    init: InitBlock | None = Field(None, description="make a small model from scratch instead of loading one")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights (ZeRO >= 1)")
+    lora: LoraBlock | None = Field(None, description="train adapters instead of all weights")
+    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, ~30 % slower")
+    attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
+        "sdpa", description="attention implementation of transformers"
+    )
+    chat_template: str | None = Field(
+        None, description="chatml, plain or a .jinja file; default: the tokenizer's own, plain where it has none"
+    )
+    dropout: bool = Field(False, description="keep the model's dropout on while training (SFT only; others need it off)")
+
+    @model_validator(mode="after")
+    def _one_source(self) -> ModelBlock:
+        given = [key for key, value in (("from", self.from_), ("path", self.path), ("init", self.init)) if value]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise ValueError(f"expected exactly one of from, path and init, found {found}")
+        return self
+
+
+class ZeroBlock(Block):
+    """How DeepSpeed shards one model over the devices (arXiv:1910.02054)."""
+
+    stage: Literal[0, 1, 2, 3] = Field(
+        0, description="0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters are sharded; frozen models: 0 or 3"
+    )
+    offload_optimizer: bool = Field(False, description="keep optimizer state in CPU memory (trained models, stage >= 1)")
+    offload_params: bool = Field(False, description="keep parameters in CPU memory between uses (stage 3)")
+    persistence_threshold: int = Field(
+        100_000, ge=0, description="stage 3: parameters with fewer elements stay whole on every device"
+    )
+    bucket_size: int = Field(50_000_000, ge=1_000, description="elements per communication bucket")
+
+
+class SourceBlock(Block):
+    """One dataset and how its rows are read."""
+
+    path: str | None = Field(None, description="file, folder of data files, save_to_disk folder, or hub id")
+    name: str | None = Field(None, description="configuration of a hub dataset")
+    split: str = Field("train", description="split of a hub dataset or save_to_disk folder")
+    data_dir: str | None = Field(None, description="sub-folder of a hub dataset")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
+    format: Literal[
+        "auto", "prompt_completion", "text", "messages", "pairs", "dialogue_pairs", "sharegpt", "sharegpt_pairs",
+        "alpaca", "prompts", "labelled",
+    ] = Field("auto", description="row format; auto looks at the columns and says what it found")
+    columns: dict[str, str] = Field({}, description="canonical name -> column of the file, e.g. {prompt: question}")
+    templates: dict[str, str] = Field(
+        {}, description='canonical name -> text with {columns} in it, e.g. {prompt: "Review: {title}"}'
+    )
+    system: str | None = Field(None, description="system message put before every row that has none")
+    prompt_words: int | None = Field(None, ge=1, description="text rows: the first N words become the prompt")
+    pair_labels: bool = Field(False, description="labelled rows: pair each label-true answer with a label-false one of the same prompt")
+    weight: float = Field(1.0, gt=0, description="share of this source in the mix, relative to the other sources' weights")
+    limit: int | None = Field(None, ge=1, description="read at most this many rows")
+
+
+class DataBlock(SourceBlock):
+    """What a stage learns from. One source inline (`path: ...`) or several under `sources`."""
+
+    sources: list[SourceBlock] = Field([], description="several weighted sources instead of `path`")
+    eval: SourceBlock | None = Field(None, description="held-out data; default: `eval_rows` rows taken from the sources")
+    eval_rows: int = Field(0, ge=0, description="rows held out of the sources for evaluation, chosen by seed")
+    max_length: int = Field(1024, ge=8, description="longest prompt + answer in tokens")
+    max_prompt_length: int | None = Field(None, ge=1, description="longest prompt in tokens; default: no limit of its own")
+    on_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = Field(
+        "drop", description="what happens to rows over the limits; every case is counted in the log"
+    )
+    on_empty: Literal["drop", "error"] = Field("drop", description="what happens to rows with an empty answer")
+    train_on: Literal["all_answers", "last_answer"] = Field(
+        "all_answers", description="multi-turn rows: supervise every assistant turn, or the last one"
+    )
+
+    @model_validator(mode="after")
+    def _one_source(self) -> DataBlock:
+        if bool(self.path) == bool(self.sources):
+            raise ValueError("expected exactly one of path and sources, found " + ("both" if self.path else "neither"))
+        for i, source in enumerate(self.sources):
+            if not source.path:
+                raise ValueError(f"expected a path in every source, found none in sources[{i}]")
+        if self.eval is not None and self.eval_rows:
+            raise ValueError("expected eval or eval_rows, found both")
+        return self
+
+    def all_sources(self) -> list[SourceBlock]:
+        """The training sources, whichever way they were written."""
+        return self.sources or [SourceBlock(**{k: getattr(self, k) for k in SourceBlock.model_fields})]
+
+
+class OptimBlock(Block):
+    """Optimizer and learning-rate schedule of one trained model."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate")
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd for debugging")
+    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW decay rates of the two moments")
+    eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
+    weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
+    max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: never clip")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="decay after warm-up")
+    warmup: float = Field(0.03, ge=0, lt=1, description="share of the optimizer steps with rising learning rate")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak")
+
+
+class TrainBlock(OptimBlock):
+    """Offline training: passes over a fixed dataset."""
+
+    epochs: float = Field(1.0, gt=0, description="passes over the data; ignored where `steps` is given")
+    steps: int | None = Field(None, ge=1, description="optimizer steps")
+    batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all devices")
+    micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class OnlineTrainBlock(OptimBlock):
+    """On-policy training: sample, score, then learn from the samples."""
+
+    rollouts: int = Field(100, ge=1, description="rounds of sampling and learning")
+    prompts: int = Field(64, ge=1, description="prompts per rollout, over all devices")
+    answers: int = Field(1, ge=1, description="answers sampled per prompt")
+    inner_epochs: int = Field(1, ge=1, description="passes over each rollout")
+    minibatches: int = Field(1, ge=1, description="optimizer steps per pass; must divide prompts x answers")
+    micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
+    rollout_batch: int = Field(64, ge=1, description="rows sampled together on a device")
+    seed: int = Field(0, ge=0, description="seed of everything random")
+
+
+class SamplingBlock(Block):
+    """How answers are sampled. The same distribution is used when log-probabilities are computed."""
+
+    max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens, end token included")
+    temperature: float = Field(1.0, gt=0, description="divides the logits, when sampling and when training")
+    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability; 1: off")
+    top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: off")
+    stop: list[str] = Field([], description="further tokens that end an answer, beside the model's own end tokens")
+
+
+class CheckpointBlock(Block):
+    """Checkpoints for resuming."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when stopped")
+    keep: int = Field(2, ge=1, description="newest checkpoints kept")
+
+
+class EvalBlock(Block):
+    """Evaluation on held-out rows while training."""
+
+    every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
+
+
+class LogBlock(Block):
+    """What is shown and recorded while training."""
+
+    every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl")
+    samples_every: int = Field(0, ge=0, description="steps between sample generations; 0: only at start and end")
+    samples: int = Field(3, ge=0, description="prompts that are sampled from each time")
+    show_samples: bool = Field(True, description="print the samples on the console too")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+    wandb: str | None = Field(None, description="also log to this Weights & Biases project")

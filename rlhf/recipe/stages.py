@@ -1,0 +1,155 @@
+"""One recipe per stage: shared blocks plus the stage's own fields."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from rlhf.recipe.options import (
+    GaeAdvantage,
+    GrpoAdvantage,
+    KlBlock,
+    ModelReward,
+    PpoClipLoss,
+    PpoValueLoss,
+    PreferenceLoss,
+    Reward,
+    RewardLoss,
+    RmBtLoss,
+    DpoLoss,
+    ScoresBlock,
+)
+from rlhf.recipe.schema import (
+    Block,
+    CheckpointBlock,
+    DataBlock,
+    EvalBlock,
+    LogBlock,
+    ModelBlock,
+    ModelRef,
+    OnlineTrainBlock,
+    OptimBlock,
+    SamplingBlock,
+    TrainBlock,
+    ZeroBlock,
+)
+
+
+class ReferenceBlock(ModelRef):
+    """The frozen policy that the trained one is held to. Without a source it is the model the stage starts from."""
+
+    zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the reference; stage 0 or 3")
+
+
+class CriticBlock(ModelRef, OptimBlock):
+    """The value model of PPO: started from a reward model (its head is kept) or from a policy (new head)."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate of the critic")
+    zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the critic")
+
+
+class PreferenceTrainBlock(TrainBlock):
+    """Offline training, with a learning rate for preference losses."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate")
+
+
+class PPOTrainBlock(OnlineTrainBlock):
+    """On-policy training of an actor with a critic."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate of the policy")
+    inner_epochs: int = Field(2, ge=1, description="passes over each rollout")
+    minibatches: int = Field(2, ge=1, description="optimizer steps per pass; must divide prompts x answers")
+
+
+class GRPOTrainBlock(OnlineTrainBlock):
+    """On-policy training with groups of answers."""
+
+    lr: float = Field(1e-6, gt=0, description="peak learning rate of the policy")
+    prompts: int = Field(16, ge=1, description="prompts per rollout, over all devices")
+    answers: int = Field(8, ge=2, description="answers per prompt: the group; one answer has nothing to be compared with")
+
+
+class GRPOKlBlock(KlBlock):
+    """Distance to the reference policy, as a term of the loss."""
+
+    coef: float = Field(0.04, ge=0, description="weight of the per-token KL term")
+    estimator: Literal["k1", "k2", "k3", "abs"] = Field("k3", description="KL estimator from the sampled token's log-probabilities")
+
+
+class Recipe(Block):
+    """What every stage has."""
+
+    model: ModelBlock = Field(description="the model to train")
+    data: DataBlock = Field(description="what to learn from")
+    zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the trained model")
+    checkpoint: CheckpointBlock = Field(CheckpointBlock(), description="checkpoints for resuming")
+    log: LogBlock = Field(LogBlock(), description="what is shown and recorded")
+
+
+class SFTRecipe(Recipe):
+    """Supervised fine-tuning on completions."""
+
+    train: TrainBlock = Field(TrainBlock(), description="optimisation")
+    eval: EvalBlock = Field(EvalBlock(), description="held-out loss while training")
+    sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
+
+
+class RewardRecipe(Recipe):
+    """Reward model on preference pairs."""
+
+    loss: RewardLoss = Field(RmBtLoss(), description="the loss and its options")
+    train: TrainBlock = Field(TrainBlock(), description="optimisation")
+    eval: EvalBlock = Field(EvalBlock(), description="held-out accuracy while training")
+
+
+class PreferenceRecipe(Recipe):
+    """DPO and its family on preference pairs."""
+
+    loss: PreferenceLoss = Field(DpoLoss(), description="the loss and its options")
+    reference: ReferenceBlock = Field(ReferenceBlock(), description="the frozen reference policy")
+    train: PreferenceTrainBlock = Field(PreferenceTrainBlock(), description="optimisation")
+    eval: EvalBlock = Field(EvalBlock(), description="held-out loss and accuracy while training")
+    sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
+
+
+class OnlineRecipe(Recipe):
+    """What PPO and GRPO share."""
+
+    reference: ReferenceBlock = Field(ReferenceBlock(), description="the frozen reference policy")
+    rewards: list[Reward] = Field([ModelReward(from_="rm")], min_length=1, description="scores, added up with their weights")
+    sampling: SamplingBlock = Field(SamplingBlock(), description="how answers are sampled")
+    policy_loss: PpoClipLoss = Field(PpoClipLoss(), description="the policy loss and its options")
+    scores: ScoresBlock = Field(ScoresBlock(), description="what happens to scores before they become rewards")
+
+
+class PPORecipe(OnlineRecipe):
+    """PPO with a critic."""
+
+    train: PPOTrainBlock = Field(PPOTrainBlock(), description="rollouts and optimisation of the policy")
+    critic: CriticBlock = Field(CriticBlock(from_="rm"), description="the value model and its optimisation")
+    kl: KlBlock = Field(KlBlock(), description="KL penalty inside the per-token reward")
+    advantage: GaeAdvantage = Field(GaeAdvantage(), description="advantage estimator")
+    whiten_advantages: bool = Field(True, description="give the rollout's advantages mean 0 and variance 1, over all devices")
+    value_loss: PpoValueLoss = Field(PpoValueLoss(), description="the critic's loss and its options")
+
+
+class GRPORecipe(OnlineRecipe):
+    """GRPO: advantages normalised in the group of answers to a prompt, KL inside the loss."""
+
+    train: GRPOTrainBlock = Field(GRPOTrainBlock(), description="rollouts and optimisation of the policy")
+    kl: GRPOKlBlock = Field(GRPOKlBlock(), description="KL penalty inside the loss")
+    advantage: GrpoAdvantage = Field(GrpoAdvantage(), description="advantage estimator")
+    aggregation: Literal["sequence_mean", "token_mean"] = Field(
+        "sequence_mean", description="average tokens per answer first (the paper), or over all tokens of the minibatch"
+    )
+
+
+RECIPES: dict[str, type[Recipe]] = {
+    "sft": SFTRecipe,
+    "rm": RewardRecipe,
+    "ppo": PPORecipe,
+    "grpo": GRPORecipe,
+    "dpo": PreferenceRecipe,
+}
