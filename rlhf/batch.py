@@ -35,7 +35,9 @@ class Rows:
         """The given rows, in the given order."""
 
         def pick(value: Any) -> Any:
-            return value[torch.tensor(rows, device=value.device)] if torch.is_tensor(value) else [value[i] for i in rows]
+            return (
+                value[torch.tensor(rows, device=value.device)] if torch.is_tensor(value) else [value[i] for i in rows]
+            )
 
         return self.map(pick)
 

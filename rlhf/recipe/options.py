@@ -39,7 +39,9 @@ class RmBtLoss(Block):
     """Bradley-Terry on score differences, with the row's margin if the data has one (arXiv:2203.02155 eq. 1)."""
 
     name: Literal["rm_bt"] = "rm_bt"
-    center_coef: float = Field(0.0, ge=0, description="weight of (score_chosen + score_rejected)^2, which keeps scores near 0; 0.01 is usual")
+    center_coef: float = Field(
+        0.0, ge=0, description="weight of (score_chosen + score_rejected)^2, which keeps scores near 0; 0.01 is usual"
+    )
 
 
 class RmBtSmoothLoss(Block):
@@ -47,7 +49,9 @@ class RmBtSmoothLoss(Block):
 
     name: Literal["rm_bt_smooth"] = "rm_bt_smooth"
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="probability that a preference label is wrong")
-    center_coef: float = Field(0.0, ge=0, description="weight of (score_chosen + score_rejected)^2, which keeps scores near 0; 0.01 is usual")
+    center_coef: float = Field(
+        0.0, ge=0, description="weight of (score_chosen + score_rejected)^2, which keeps scores near 0; 0.01 is usual"
+    )
 
 
 RewardLoss = Annotated[RmBtLoss | RmBtSmoothLoss, Field(discriminator="name")]
@@ -89,14 +93,18 @@ class KlBlock(Block):
     """Distance to the reference policy."""
 
     coef: float = Field(0.05, ge=0, description="weight of the per-token KL penalty")
-    estimator: Literal["k1", "k2", "k3", "abs"] = Field("k1", description="KL estimator from the sampled token's log-probabilities")
+    estimator: Literal["k1", "k2", "k3", "abs"] = Field(
+        "k1", description="KL estimator from the sampled token's log-probabilities"
+    )
 
 
 class ScoresBlock(Block):
     """What happens to a score before it becomes a reward."""
 
     clip: float | None = Field(None, gt=0, description="clip scores to +- this")
-    missing_eos_penalty: float = Field(0.0, ge=0, description="taken off the score of an answer that did not end by itself")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="taken off the score of an answer that did not end by itself"
+    )
 
 
 # --- rewards -------------------------------------------------------------------------------------------------------
@@ -151,9 +159,12 @@ class FunctionReward(Block):
 
     kind: Literal["function"] = "function"
     weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    function: str = Field(description="file.py:name; called as name(rows, answers) -> list of floats or None (unscored)")
+    function: str = Field(
+        description="file.py:name; called as name(rows, answers) -> list of floats or None (unscored)"
+    )
 
 
 Reward = Annotated[
-    ModelReward | ExactReward | NumericReward | FormatReward | LengthReward | FunctionReward, Field(discriminator="kind")
+    ModelReward | ExactReward | NumericReward | FormatReward | LengthReward | FunctionReward,
+    Field(discriminator="kind"),
 ]

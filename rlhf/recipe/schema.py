@@ -53,16 +53,22 @@ class ModelBlock(ModelRef):
     """The model a stage trains."""
 
     init: InitBlock | None = Field(None, description="make a small model from scratch instead of loading one")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type; bf16 keeps fp32 master weights (ZeRO >= 1)")
+    dtype: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute type; bf16 keeps fp32 master weights (ZeRO >= 1)"
+    )
     lora: LoraBlock | None = Field(None, description="train adapters instead of all weights")
-    gradient_checkpointing: bool = Field(False, description="recompute activations in backward: less memory, ~30 % slower")
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in backward: less memory, ~30 % slower"
+    )
     attention: Literal["sdpa", "eager", "flash_attention_2", "flex_attention"] = Field(
         "sdpa", description="attention implementation of transformers"
     )
     chat_template: str | None = Field(
         None, description="chatml, plain or a .jinja file; default: the tokenizer's own, plain where it has none"
     )
-    dropout: bool = Field(False, description="keep the model's dropout on while training (SFT only; others need it off)")
+    dropout: bool = Field(
+        False, description="keep the model's dropout on while training (SFT only; others need it off)"
+    )
 
     @model_validator(mode="after")
     def _one_source(self) -> ModelBlock:
@@ -79,7 +85,9 @@ class ZeroBlock(Block):
     stage: Literal[0, 1, 2, 3] = Field(
         0, description="0 nothing, 1 optimizer state, 2 + gradients, 3 + parameters are sharded; frozen models: 0 or 3"
     )
-    offload_optimizer: bool = Field(False, description="keep optimizer state in CPU memory (trained models, stage >= 1)")
+    offload_optimizer: bool = Field(
+        False, description="keep optimizer state in CPU memory (trained models, stage >= 1)"
+    )
     offload_params: bool = Field(False, description="keep parameters in CPU memory between uses (stage 3)")
     persistence_threshold: int = Field(
         100_000, ge=0, description="stage 3: parameters with fewer elements stay whole on every device"
@@ -96,8 +104,17 @@ class SourceBlock(Block):
     data_dir: str | None = Field(None, description="sub-folder of a hub dataset")
     revision: str | None = Field(None, description="branch, tag or commit of a hub dataset")
     format: Literal[
-        "auto", "prompt_completion", "text", "messages", "pairs", "dialogue_pairs", "sharegpt", "sharegpt_pairs",
-        "alpaca", "prompts", "labelled",
+        "auto",
+        "prompt_completion",
+        "text",
+        "messages",
+        "pairs",
+        "dialogue_pairs",
+        "sharegpt",
+        "sharegpt_pairs",
+        "alpaca",
+        "prompts",
+        "labelled",
     ] = Field("auto", description="row format; auto looks at the columns and says what it found")
     columns: dict[str, str] = Field({}, description="canonical name -> column of the file, e.g. {prompt: question}")
     templates: dict[str, str] = Field(
@@ -105,8 +122,12 @@ class SourceBlock(Block):
     )
     system: str | None = Field(None, description="system message put before every row that has none")
     prompt_words: int | None = Field(None, ge=1, description="text rows: the first N words become the prompt")
-    pair_labels: bool = Field(False, description="labelled rows: pair each label-true answer with a label-false one of the same prompt")
-    weight: float = Field(1.0, gt=0, description="share of this source in the mix, relative to the other sources' weights")
+    pair_labels: bool = Field(
+        False, description="labelled rows: pair each label-true answer with a label-false one of the same prompt"
+    )
+    weight: float = Field(
+        1.0, gt=0, description="share of this source in the mix, relative to the other sources' weights"
+    )
     limit: int | None = Field(None, ge=1, description="read at most this many rows")
 
 
@@ -114,10 +135,14 @@ class DataBlock(SourceBlock):
     """What a stage learns from. One source inline (`path: ...`) or several under `sources`."""
 
     sources: list[SourceBlock] = Field([], description="several weighted sources instead of `path`")
-    eval: SourceBlock | None = Field(None, description="held-out data; default: `eval_rows` rows taken from the sources")
+    eval: SourceBlock | None = Field(
+        None, description="held-out data; default: `eval_rows` rows taken from the sources"
+    )
     eval_rows: int = Field(0, ge=0, description="rows held out of the sources for evaluation, chosen by seed")
     max_length: int = Field(1024, ge=8, description="longest prompt + answer in tokens")
-    max_prompt_length: int | None = Field(None, ge=1, description="longest prompt in tokens; default: no limit of its own")
+    max_prompt_length: int | None = Field(
+        None, ge=1, description="longest prompt in tokens; default: no limit of its own"
+    )
     on_long: Literal["drop", "truncate_prompt", "truncate_answer", "error"] = Field(
         "drop", description="what happens to rows over the limits; every case is counted in the log"
     )
@@ -184,7 +209,9 @@ class SamplingBlock(Block):
 
     max_new_tokens: int = Field(128, ge=1, description="longest answer in tokens, end token included")
     temperature: float = Field(1.0, gt=0, description="divides the logits, when sampling and when training")
-    top_p: float = Field(1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability; 1: off")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="sample from the smallest set of tokens with this probability; 1: off"
+    )
     top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: off")
     stop: list[str] = Field([], description="further tokens that end an answer, beside the model's own end tokens")
 

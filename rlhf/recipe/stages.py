@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from rlhf.recipe.options import (
+    DpoLoss,
     GaeAdvantage,
     GrpoAdvantage,
     KlBlock,
@@ -17,7 +18,6 @@ from rlhf.recipe.options import (
     Reward,
     RewardLoss,
     RmBtLoss,
-    DpoLoss,
     ScoresBlock,
 )
 from rlhf.recipe.schema import (
@@ -68,14 +68,18 @@ class GRPOTrainBlock(OnlineTrainBlock):
 
     lr: float = Field(1e-6, gt=0, description="peak learning rate of the policy")
     prompts: int = Field(16, ge=1, description="prompts per rollout, over all devices")
-    answers: int = Field(8, ge=2, description="answers per prompt: the group; one answer has nothing to be compared with")
+    answers: int = Field(
+        8, ge=2, description="answers per prompt: the group; one answer has nothing to be compared with"
+    )
 
 
 class GRPOKlBlock(KlBlock):
     """Distance to the reference policy, as a term of the loss."""
 
     coef: float = Field(0.04, ge=0, description="weight of the per-token KL term")
-    estimator: Literal["k1", "k2", "k3", "abs"] = Field("k3", description="KL estimator from the sampled token's log-probabilities")
+    estimator: Literal["k1", "k2", "k3", "abs"] = Field(
+        "k3", description="KL estimator from the sampled token's log-probabilities"
+    )
 
 
 class Recipe(Block):
@@ -118,7 +122,9 @@ class OnlineRecipe(Recipe):
     """What PPO and GRPO share."""
 
     reference: ReferenceBlock = Field(ReferenceBlock(), description="the frozen reference policy")
-    rewards: list[Reward] = Field([ModelReward(from_="rm")], min_length=1, description="scores, added up with their weights")
+    rewards: list[Reward] = Field(
+        [ModelReward(from_="rm")], min_length=1, description="scores, added up with their weights"
+    )
     sampling: SamplingBlock = Field(SamplingBlock(), description="how answers are sampled")
     policy_loss: PpoClipLoss = Field(PpoClipLoss(), description="the policy loss and its options")
     scores: ScoresBlock = Field(ScoresBlock(), description="what happens to scores before they become rewards")
@@ -131,7 +137,9 @@ class PPORecipe(OnlineRecipe):
     critic: CriticBlock = Field(CriticBlock(from_="rm"), description="the value model and its optimisation")
     kl: KlBlock = Field(KlBlock(), description="KL penalty inside the per-token reward")
     advantage: GaeAdvantage = Field(GaeAdvantage(), description="advantage estimator")
-    whiten_advantages: bool = Field(True, description="give the rollout's advantages mean 0 and variance 1, over all devices")
+    whiten_advantages: bool = Field(
+        True, description="give the rollout's advantages mean 0 and variance 1, over all devices"
+    )
     value_loss: PpoValueLoss = Field(PpoValueLoss(), description="the critic's loss and its options")
 
 
