@@ -1,0 +1,195 @@
+"""One model under DeepSpeed: call it, push a loss back through it, step it, look at it whole, save and load it.
+
+The engine knows nothing of losses or language models. A loss arrives as sums (`rlhf.batch.Loss`) together with the
+global count of each denominator, taken over all ranks and micro-batches before the first backward; so the update does
+not depend on how the rows were spread.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from torch import Tensor, nn
+
+from rlhf.batch import Loss
+from rlhf.engine import dist, zero
+from rlhf.errors import CheckpointError, NumericsError, UnsafeError
+from rlhf.recipe.schema import OptimBlock, ZeroBlock
+
+_TAG = "deepspeed"
+# What DeepSpeed's own optimizer files need to be unpickled; anything else in them is refused unread.
+_ALLOWED_GLOBALS = {
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+
+
+class Engine:
+    """A module that DeepSpeed shards. With `optim` it is trained, without it is frozen and in eval mode."""
+
+    def __init__(
+        self, module: nn.Module, zero_block: ZeroBlock, *, bf16: bool, optim: OptimBlock | None = None
+    ) -> None:
+        self.zero = zero_block
+        self.optim = optim
+        self._grad_norm = math.nan
+        if optim is None:
+            module.requires_grad_(False)
+            config = zero.frozen_config(zero_block, bf16=bf16)
+            self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
+            self._engine.eval()  # returns None: never chain it
+        else:
+            optimizer = _optimizer(module, optim)
+            if zero_block.stage == 0:
+                optimizer.register_step_pre_hook(self._clip_before_step)
+            config = zero.trained_config(zero_block, optim, bf16=bf16)
+            self._engine = deepspeed.initialize(
+                model=module, optimizer=optimizer, config=config, dist_init_required=False
+            )[0]
+            self._engine.train()
+
+    @property
+    def module(self) -> nn.Module:
+        """The wrapped module. Under ZeRO-3 its weights are whole only inside `gathered()`."""
+        return self._engine.module
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+        return self._engine.device
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """No gradients and eval mode inside; the mode is restored afterwards."""
+        was_training = self.module.training
+        self._engine.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self._engine.train(was_training)
+
+    def backward(self, loss: Loss, counts: dict[str, float]) -> float:
+        """Add the gradient of one micro-batch. Returns this micro-batch's share of the global loss.
+
+        counts: denominator name -> global count over all ranks and micro-batches of the optimizer step.
+        """
+        total = sum_terms(loss, counts)
+        if not torch.isfinite(total):
+            raise NumericsError(
+                f"the loss is {total.item()} on rank {dist.rank()}",
+                fix="The weights were not changed. Lower train.lr, or look at the last rows of metrics.jsonl.",
+            )
+        # DeepSpeed averages gradients over ranks; the counts are global already, so the average is undone here.
+        self._engine.backward(total * dist.world_size())
+        return float(total.detach())
+
+    def step(self, lr: float) -> float:
+        """Apply the accumulated gradient. Returns its global norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()
+        if self.zero.stage:
+            norm = self._engine.get_global_grad_norm()
+            self._grad_norm = math.nan if norm is None else float(norm)
+        if not math.isfinite(self._grad_norm):
+            raise _bad_gradient(self._grad_norm)
+        return self._grad_norm
+
+    def _clip_before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Stage 0: see the norm, refuse a non-finite one before any weight changes, clip."""
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters])
+        self._grad_norm = float(norm)
+        if not math.isfinite(self._grad_norm):
+            raise _bad_gradient(self._grad_norm)
+        if self.optim is not None and self.optim.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.max_grad_norm, norm)
+
+    @contextmanager
+    def gathered(self) -> Iterator[nn.Module]:
+        """The module with whole weights and no sharding hooks, for many forwards in a row (a rollout, an export).
+
+        Gathering alone would not help: the hook after each layer's forward shards it again, once per token.
+        """
+        if self.zero.stage != 3:
+            yield self.module
+            return
+        optimizer = self._engine.optimizer
+        offload = optimizer.parameter_offload if self.optim is not None else optimizer
+        parameters = list(self.module.parameters())
+        with deepspeed.zero.GatheredParameters(parameters):
+            for parameter in parameters:
+                parameter.ds_active_sub_modules.clear()
+            for hook in offload.forward_hooks + offload.backward_hooks:
+                hook.remove()
+            offload.forward_hooks, offload.backward_hooks = [], []
+            try:
+                yield self.module
+            finally:
+                # The recorded order of layers is void after forwards that the hooks did not see.
+                if not offload.param_coordinator.is_invalid_trace():
+                    offload.param_coordinator._invalidate_trace()
+                offload._register_deepspeed_module(offload.module)
+
+    def state_dict(self) -> dict[str, Tensor] | None:
+        """All weights, whole and on the CPU, on rank 0; None elsewhere. Every rank must call it."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.module.named_parameters(remove_duplicate=False):
+            with deepspeed.zero.GatheredParameters([parameter], enabled=self.zero.stage == 3):
+                if dist.is_main():
+                    state[name] = parameter.detach().to("cpu", copy=True)
+        return state if dist.is_main() else None
+
+    def save(self, folder: Path) -> None:
+        """Write weights and optimizer state; every rank must call it. The caller makes the folder durable."""
+        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    def load(self, folder: Path) -> None:
+        """Read what `save` wrote with the same number of ranks and the same stage; every rank must call it."""
+        for file in sorted((folder / _TAG).glob("*optim_states.pt")):
+            strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _ALLOWED_GLOBALS
+            if strange:
+                raise UnsafeError(
+                    f"expected optimizer state, found code ({', '.join(sorted(strange))})",
+                    where=str(file),
+                    fix="Delete this checkpoint; an older one is used then.",
+                )
+        loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
+        if loaded is None:
+            raise CheckpointError("expected a checkpoint, found none that DeepSpeed can read", where=str(folder))
+
+
+def sum_terms(loss: Loss, counts: dict[str, float]) -> Tensor:
+    """The scalar that a loss stands for: sum_i weight_i * sum_i / count[denominator_i]."""
+    return torch.stack([weight * total / counts[name] for total, name, weight in loss.terms.values()]).sum()
+
+
+def _bad_gradient(norm: float) -> NumericsError:
+    return NumericsError(
+        f"the gradient norm is {norm}",
+        fix="The weights were not changed. Lower train.lr, or look at the last rows of metrics.jsonl.",
+    )
+
+
+def _optimizer(module: nn.Module, optim: OptimBlock) -> torch.optim.Optimizer:
+    trained = [p for p in module.parameters() if p.requires_grad]
+    # Norm gains and biases are not decayed: shrinking them regularises nothing.
+    groups = [
+        {"params": [p for p in trained if len(zero.full_shape(p)) >= 2], "weight_decay": optim.weight_decay},
+        {"params": [p for p in trained if len(zero.full_shape(p)) < 2], "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if optim.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=optim.lr)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)

@@ -1,0 +1,81 @@
+"""Sums that become means over all ranks, and the places where they are written down.
+
+`metrics.jsonl` is the truth; TensorBoard and Weights & Biases are extras that may fail without stopping the run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from rlhf.engine import dist
+from rlhf.recipe.schema import LogBlock
+from rlhf.run.commit import append_jsonl
+
+logger = logging.getLogger("rlhf.metrics")
+
+
+class Meter:
+    """Collects (sum, denominator) pairs of one step; `means` reduces them over ranks."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._denominators: dict[str, str] = {}
+        self._counts: dict[str, float] = {}
+
+    def add(self, metrics: dict[str, tuple[Tensor, str]]) -> None:
+        """Add the sums of one micro-batch."""
+        for name, (total, denominator) in metrics.items():
+            value = total.detach().double().cpu()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._denominators[name] = denominator
+
+    def add_counts(self, counts: dict[str, float]) -> None:
+        """Add the global counts of one optimizer step."""
+        for name, count in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + count
+
+    def means(self) -> dict[str, float]:
+        """Every metric over all ranks; each rank must have collected the same names."""
+        sums = dist.sum_over_ranks(self._sums)
+        return {name: total / self._counts[self._denominators[name]] for name, total in sums.items()}
+
+
+class MetricsLog:
+    """Writes rows of metrics on rank 0."""
+
+    def __init__(self, path: Path, log: LogBlock, run_name: str) -> None:
+        self._path = path
+        self._trackers = _trackers(log, path.parent, run_name) if dist.is_main() else []
+
+    def write(self, step: int, metrics: dict[str, float]) -> None:
+        """One row; `step` counts finished steps, so the first row is 1."""
+        if not dist.is_main():
+            return
+        append_jsonl(self._path, {"step": step, "time": round(time.time(), 3), **metrics})
+        for tracker in list(self._trackers):
+            try:
+                tracker(step, metrics)
+            except Exception as error:  # noqa: BLE001  a tracker's outage is never a reason to lose a run
+                logger.warning("a tracker failed and is switched off: %s", error)
+                self._trackers.remove(tracker)
+
+
+def _trackers(log: LogBlock, folder: Path, run_name: str) -> list[Callable[[int, dict[str, float]], Any]]:
+    trackers: list[Callable[[int, dict[str, float]], Any]] = []
+    if log.tensorboard:
+        from torch.utils.tensorboard import SummaryWriter  # imported on request: it takes a second
+
+        writer = SummaryWriter(str(folder / "tensorboard"))
+        trackers.append(lambda step, row: [writer.add_scalar(name, value, step) for name, value in row.items()])
+    if log.wandb:
+        import wandb  # an optional extra: pip install rlhf[wandb]
+
+        run = wandb.init(project=log.wandb, name=run_name, dir=str(folder))
+        trackers.append(lambda step, row: run.log(row, step=step))
+    return trackers

@@ -1,0 +1,277 @@
+"""What is minimised: each objective turns a micro-batch into a `Loss` (sums) through its engine.
+
+`counts` gives the local denominators of a whole minibatch; the loop adds them over ranks before the first backward.
+Metric names get the objective's group in front (`train/`, `policy/`, `value/`), or `eval/` on held-out rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from rlhf.algo.kl import KL_ESTIMATORS
+from rlhf.algo.masked import masked_sum
+from rlhf.algo.policy import POLICY_LOSSES, sequence_sums, token_sums
+from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
+from rlhf.algo.registry import Registry
+from rlhf.algo.reward_model import REWARD_LOSSES
+from rlhf.algo.sft import sft
+from rlhf.algo.value import VALUE_LOSSES
+from rlhf.batch import Experience, Loss, PairLogprobs, Pairs, Tokens
+from rlhf.engine.engine import Engine
+from rlhf.recipe.options import KlBlock
+from rlhf.recipe.schema import Block, OptimBlock, SamplingBlock
+
+
+class Objective(Protocol):
+    """One trained engine and the loss it minimises."""
+
+    group: ClassVar[str]
+    engine: Engine
+    optim: OptimBlock
+
+    def counts(self, batch: Any) -> dict[str, Tensor]:
+        """Local denominators of a minibatch: name -> scalar."""
+
+    def loss(self, micro: Any) -> Loss:
+        """The loss of a micro-batch as sums."""
+
+
+def bind(registry: Registry, block: Block) -> Callable[..., Any]:
+    """The registered function that a recipe block chose, with the block's options filled in."""
+    options = {key: getattr(block, key) for key in type(block).model_fields if key != "name"}
+    return partial(registry[block.name].function, **options)  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class SFTObjective:
+    """Negative log-likelihood of the supervised tokens, averaged over the tokens of the global batch."""
+
+    group: ClassVar[str] = "train"
+    engine: Engine
+    optim: OptimBlock
+
+    def counts(self, batch: Tokens) -> dict[str, Tensor]:
+        return {"tokens": batch.mask[:, 1:].sum(), "rows": torch.tensor(len(batch))}
+
+    def loss(self, micro: Tokens) -> Loss:
+        tokens = trim(micro).to(self.engine.device)
+        start = first_trained(tokens.mask)
+        mask = tokens.mask[:, start:]
+        nll = token_sums(sft(self.engine(tokens.ids, tokens.attention, start=start), mask), mask)
+        return Loss({"nll": (nll, "tokens", 1.0)}, {"loss": (nll, "tokens"), "tokens_per_row": (mask.sum(), "rows")})
+
+
+@dataclass(frozen=True)
+class RewardObjective:
+    """A pairwise loss on the scores of both answers, averaged over pairs."""
+
+    group: ClassVar[str] = "train"
+    engine: Engine
+    optim: OptimBlock
+    pair_loss: Callable[..., Tensor]
+
+    @classmethod
+    def from_block(cls, engine: Engine, optim: OptimBlock, block: Block) -> RewardObjective:
+        return cls(engine, optim, bind(REWARD_LOSSES, block))
+
+    def counts(self, batch: Pairs) -> dict[str, Tensor]:
+        return {"pairs": torch.tensor(len(batch))}
+
+    def loss(self, micro: Pairs) -> Loss:
+        both = trim(join(micro)).to(self.engine.device)
+        chosen, rejected = self.engine(both.ids, both.attention).chunk(2)  # (b,) each
+        total = self.pair_loss(chosen, rejected, micro.margin.to(chosen.device)).sum()
+        metrics = {
+            "loss": total,
+            "accuracy": (chosen > rejected).sum(),
+            "margin": (chosen - rejected).sum(),
+            "score_chosen": chosen.sum(),
+            "score_rejected": rejected.sum(),
+        }
+        return Loss({"pairs": (total, "pairs", 1.0)}, {name: (value, "pairs") for name, value in metrics.items()})
+
+
+@dataclass(frozen=True)
+class PreferenceObjective:
+    """A preference loss on summed answer log-probs of policy and reference, averaged over pairs."""
+
+    group: ClassVar[str] = "train"
+    engine: Engine
+    optim: OptimBlock
+    pair_loss: Callable[[PairLogprobs], Tensor]
+    beta: float
+
+    @classmethod
+    def from_block(cls, engine: Engine, optim: OptimBlock, block: Any) -> PreferenceObjective:
+        return cls(engine, optim, bind(PREFERENCE_LOSSES, block), block.beta)
+
+    def counts(self, batch: Pairs) -> dict[str, Tensor]:
+        return {"pairs": torch.tensor(len(batch))}
+
+    def loss(self, micro: Pairs) -> Loss:
+        assert micro.ref_chosen is not None and micro.ref_rejected is not None, "reference log-probs are missing"
+        both = trim(join(micro)).to(self.engine.device)
+        chosen, rejected = answer_logprobs(self.engine, both).chunk(2)
+        lengths = both.mask.sum(-1).to(chosen.dtype).chunk(2)
+        pairs = PairLogprobs(
+            chosen, rejected, micro.ref_chosen.to(chosen), micro.ref_rejected.to(chosen), lengths[0], lengths[1]
+        )
+        total = self.pair_loss(pairs).sum()
+        reward_chosen, reward_rejected = implicit_rewards(pairs, beta=self.beta)
+        metrics = {
+            "loss": total,
+            "accuracy": (reward_chosen > reward_rejected).sum(),
+            "margin": (reward_chosen - reward_rejected).sum(),
+            "reward_chosen": reward_chosen.sum(),
+            "reward_rejected": reward_rejected.sum(),
+            "logprobs_chosen": chosen.sum(),
+            "logprobs_rejected": rejected.sum(),
+            "chosen_displaced": (chosen < pairs.ref_chosen).sum(),
+            "reference_gap": ((chosen - pairs.ref_chosen).abs() / lengths[0]).sum(),
+        }
+        return Loss({"pairs": (total, "pairs", 1.0)}, {name: (value, "pairs") for name, value in metrics.items()})
+
+
+@dataclass(frozen=True)
+class PolicyObjective:
+    """A clipped policy-gradient loss on fresh samples, with the KL to the reference as an optional second term."""
+
+    group: ClassVar[str] = "policy"
+    engine: Engine
+    optim: OptimBlock
+    policy_loss: Callable[..., tuple[Tensor, Tensor]]
+    aggregation: str
+    sampling: SamplingBlock
+    kl: KlBlock | None
+
+    @classmethod
+    def from_blocks(
+        cls,
+        engine: Engine,
+        optim: OptimBlock,
+        block: Block,
+        *,
+        aggregation: str,
+        sampling: SamplingBlock,
+        kl: KlBlock | None,
+    ) -> PolicyObjective:
+        return cls(engine, optim, bind(POLICY_LOSSES, block), aggregation, sampling, kl)
+
+    def counts(self, batch: Experience) -> dict[str, Tensor]:
+        return experience_counts(batch)
+
+    def loss(self, micro: Experience) -> Loss:
+        experience = trim_experience(micro).to(self.engine.device)
+        mask, old = experience.response_mask, experience.old_logprobs
+        start = experience.ids.shape[1] - mask.shape[1]
+        logprobs, entropy = self.engine(
+            experience.ids, experience.attention, start=start, sampling=self.sampling, with_entropy=True
+        )
+        losses, clipped = self.policy_loss(logprobs, old, experience.advantages, mask)
+        reduce, denominator = {"token_mean": (token_sums, "tokens"), "sequence_mean": (sequence_sums, "sequences")}[
+            self.aggregation
+        ]
+        policy = reduce(losses, mask)
+        terms = {"policy": (policy, denominator, 1.0)}
+        change = (logprobs - old).detach()
+        metrics = {
+            "loss": (policy, denominator),
+            "entropy": (masked_sum(entropy, mask), "tokens"),
+            "clipfrac": (masked_sum(clipped.float(), mask), "tokens"),
+            "approx_kl": (masked_sum(KL_ESTIMATORS["k2"].function(logprobs.detach(), old), mask), "tokens"),
+            "logprob_change": (masked_sum(change.abs(), mask), "tokens"),
+        }
+        if self.kl is not None:
+            estimate = KL_ESTIMATORS[self.kl.estimator].function(logprobs, experience.ref_logprobs)
+            kl = reduce(estimate, mask)
+            terms["kl"] = (kl, denominator, self.kl.coef)
+            metrics["kl_loss"] = (kl, denominator)
+        return Loss(terms, metrics)
+
+
+@dataclass(frozen=True)
+class ValueObjective:
+    """The critic's clipped squared error, averaged over the response tokens of the global minibatch."""
+
+    group: ClassVar[str] = "value"
+    engine: Engine
+    optim: OptimBlock
+    value_loss: Callable[..., tuple[Tensor, Tensor]]
+
+    @classmethod
+    def from_block(cls, engine: Engine, optim: OptimBlock, block: Block) -> ValueObjective:
+        return cls(engine, optim, bind(VALUE_LOSSES, block))
+
+    def counts(self, batch: Experience) -> dict[str, Tensor]:
+        return experience_counts(batch)
+
+    def loss(self, micro: Experience) -> Loss:
+        experience = trim_experience(micro).to(self.engine.device)
+        assert experience.old_values is not None and experience.returns is not None, "PPO needs values and returns"
+        mask = experience.response_mask
+        start = experience.ids.shape[1] - mask.shape[1]
+        values = self.engine(experience.ids, experience.attention, start=start)  # (b, R)
+        losses, clipped = self.value_loss(values, experience.old_values, experience.returns, mask)
+        total = token_sums(losses, mask)
+        return Loss(
+            {"value": (total, "tokens", 1.0)},
+            {"loss": (total, "tokens"), "clipfrac": (masked_sum(clipped.float(), mask), "tokens")},
+        )
+
+
+# --- layout ---------------------------------------------------------------------------------------------------------
+
+
+def experience_counts(batch: Experience) -> dict[str, Tensor]:
+    """Response tokens, and answers that have any (an unscored answer has none)."""
+    return {"tokens": batch.response_mask.sum(), "sequences": batch.response_mask.any(-1).sum()}
+
+
+def join(pairs: Pairs) -> Tokens:
+    """Chosen rows above rejected rows: (2b, T)."""
+    width = max(pairs.chosen.ids.shape[1], pairs.rejected.ids.shape[1])
+
+    def stack(name: str) -> Tensor:
+        sides = [getattr(pairs.chosen, name), getattr(pairs.rejected, name)]
+        return torch.cat([torch.nn.functional.pad(side, (0, width - side.shape[1])) for side in sides])
+
+    return Tokens(stack("ids"), stack("attention"), stack("mask"))
+
+
+def trim(tokens: Tokens) -> Tokens:
+    """Without the columns that are padding in every row."""
+    width = int(tokens.attention.sum(-1).max())
+    return tokens.map(lambda value: value[:, :width])
+
+
+def trim_experience(experience: Experience) -> Experience:
+    """Without prompt columns and response columns that are padding in every row."""
+    responses = experience.response_mask.shape[1]
+    prompts = experience.ids.shape[1] - responses
+    left = prompts - int(experience.attention[:, :prompts].sum(-1).max())
+    right = responses - max(1, int(experience.attention[:, prompts:].sum(-1).max()))
+
+    def cut(value: Tensor) -> Tensor:
+        if value.dim() == 1:
+            return value
+        return value[:, left if value.shape[1] > responses else 0 : value.shape[1] - right]
+
+    return experience.map(cut)
+
+
+def first_trained(mask: Tensor) -> int:
+    """The first column that counts in any row, at least 1: the first token of a sequence is predicted from nothing."""
+    return max(1, int(mask.any(0).int().argmax()))
+
+
+def answer_logprobs(engine: Engine, tokens: Tokens, **options: Any) -> Tensor:
+    """Summed log-probs of the tokens under the mask, (B,)."""
+    start = first_trained(tokens.mask)
+    logprobs = engine(tokens.ids, tokens.attention, start=start, **options)
+    return torch.where(tokens.mask[:, start:], logprobs, 0.0).sum(-1)
