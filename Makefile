@@ -1,0 +1,49 @@
+# make help lists the targets. Everything runs in its own virtual environment, .venv.
+
+PYTHON ?= python3
+VENV ?= .venv
+RLHF := $(VENV)/bin/rlhf
+GPUS ?=
+NODES ?=
+HOSTFILE ?=
+SIZE ?= full
+DATA ?=
+ARGS ?=
+
+launch := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES)) $(if $(HOSTFILE),--hostfile $(HOSTFILE))
+data := $(if $(DATA),--set data.path=$(DATA))
+pipeline := $(if $(filter tiny,$(SIZE)),tiny.yaml,pipeline.yaml)
+
+.PHONY: help setup demo test check clean hh gsm8k reviews
+
+help:  ## list the targets
+	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/.ready  ## make the virtual environment with the tested versions
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt torch
+	$(VENV)/bin/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup  ## SFT -> reward model -> PPO, GRPO, DPO on generated data, CPU only; ends with a table and a page
+	$(RLHF) run recipes/demo/pipeline.yaml --run runs/demo $(ARGS)
+	$(RLHF) eval runs/demo
+	$(RLHF) report runs/demo
+
+test: setup  ## all tests
+	$(VENV)/bin/python -m pytest -q $(ARGS)
+
+check: setup  ## lint, format and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+hh gsm8k reviews: setup  ## a whole task: make hh DATA=pairs.jsonl GPUS=8 HOSTFILE=hosts; SIZE=tiny: from scratch on a CPU
+	$(RLHF) run recipes/$@/$(pipeline) --run runs/$@ $(data) $(launch) $(ARGS)
+	$(RLHF) report runs/$@
+
+clean:  ## remove the environment and build leftovers; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

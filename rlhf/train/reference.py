@@ -1,0 +1,90 @@
+"""The frozen reference policy, and its answer log-probs computed once for a fixed dataset."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from rlhf.batch import Pairs
+from rlhf.engine import dist
+from rlhf.engine.engine import Engine
+from rlhf.run.commit import write_atomic
+from rlhf.train.objectives import answer_logprobs, join, trim
+from rlhf.train.supervised import Dataset, even_batches
+
+logger = logging.getLogger("rlhf.reference")
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Called like the policy's engine. With `is_base` it is the trained LoRA policy with its adapter switched off."""
+
+    engine: Engine
+    is_base: bool = False
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self.is_base:
+            return self.engine(*args, **kwargs)
+        with self.engine.module.adapter_off():
+            return self.engine(*args, **kwargs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs must be."""
+        return self.engine.device
+
+
+def pair_logprobs(reference: Reference, data: Dataset, micro_batch: int) -> tuple[Tensor, Tensor]:
+    """Summed reference log-probs of all chosen and all rejected answers, (n,) each, on every rank."""
+    found = torch.zeros(2, len(data), dtype=torch.float64)
+    with reference.engine.evaluating():
+        for rows, is_real in even_batches(len(data), micro_batch):
+            pairs = data.batch(rows)
+            assert isinstance(pairs, Pairs)
+            both = trim(join(pairs)).to(reference.device)
+            sums = answer_logprobs(reference, both).double().cpu().view(2, -1)
+            if is_real:
+                found[:, rows] = sums
+    # Every row was filled by one rank and is zero elsewhere.
+    total = dist.gather_rows(found[None]).sum(0).float()
+    return total[0], total[1]
+
+
+def cached_pair_logprobs(
+    folder: Path, key: list[str], lengths: list[int], compute: Any
+) -> tuple[Tensor, Tensor]:
+    """`compute()` once per content: the file's name is a hash of everything that the numbers depend on.
+
+    key: hashes of model, tokenizer, template, rows and dtype. lengths: tokens of each row, part of the check on reading.
+    """
+    name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
+    path = folder / f"reference-{name}.safetensors"
+    if dist.from_main(path.exists() if dist.is_main() else None):
+        tensors = load_file(path)
+        if all(tensors[side].shape == (len(lengths),) for side in ("chosen", "rejected")):
+            logger.info("reference log-probs of %d pairs read from %s", len(lengths), path)
+            return tensors["chosen"], tensors["rejected"]
+    chosen, rejected = compute()
+    if dist.is_main():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomic(path, save({"chosen": chosen.contiguous(), "rejected": rejected.contiguous()}))
+    dist.barrier()
+    return chosen, rejected
+
+
+def with_reference(data: Dataset, chosen: Tensor, rejected: Tensor) -> Dataset:
+    """The same dataset whose pairs carry their reference log-probs."""
+
+    def batch(rows: list[int]) -> Pairs:
+        pairs = data.batch(rows)
+        assert isinstance(pairs, Pairs)
+        return replace(pairs, ref_chosen=chosen[rows], ref_rejected=rejected[rows])
+
+    return Dataset(data.lengths, batch)
