@@ -1,0 +1,1 @@
+"""The mathematics: pure functions over tensors that know no model, no machine and no recipe."""

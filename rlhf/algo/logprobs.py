@@ -1,0 +1,113 @@
+"""Log-probabilities of tokens, one position at a time: temperature, truncation (top-k, top-p), entropy.
+
+Sampling and training call the same functions with the same options, so that both sides mean the same distribution.
+V is the vocabulary size; a `(..., V)` tensor is by far the largest thing in training, so none is copied without need.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from rlhf.algo.masked import at_least_float32, row_sums
+
+
+def scale_logits(logits: Tensor, *, temperature: float) -> Tensor:
+    """Logits divided by the temperature, at least float32; the same tensor where there is nothing to do."""
+    logits = at_least_float32(logits)
+    return logits if temperature == 1 else logits / temperature
+
+
+def truncate_logits(logits: Tensor, *, top_k: int, top_p: float, keep: Tensor | None = None) -> Tensor:
+    """Logits (..., V) with -inf on every token outside of top-k and top-p; 0 and 1 switch them off.
+
+    top-k first, then top-p in what is left: the smallest set of most likely tokens whose probability reaches top_p.
+    Tokens that tie with the last one of the set stay too, so the set never depends on an order of sorting.
+    keep: (...,) token ids that stay in any case (see `token_logprobs`).
+    """
+    smallest = _smallest_kept(logits, top_k, top_p)
+    if smallest is None:
+        return logits
+    dropped = logits < smallest
+    if keep is not None:
+        dropped = dropped.scatter(-1, keep.unsqueeze(-1), False)
+    return logits.masked_fill(dropped, -torch.inf)
+
+
+def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """log softmax(truncate(logits / temperature))[target]: (..., V), (...,) -> (...,) in nats, at least float32.
+
+    The target always stays in the truncated set. A sampled token was inside when it was drawn, but it may fall out when
+    the log-prob is computed again, through rounding or because the weights moved: its log-prob would be -inf and the
+    ratio 0 or NaN. Kept, it is finite, and on fresh samples, where keeping changes nothing, the ratio is exactly 1.
+    Does not shift: logits[..., t, :] must be the prediction of targets[..., t].
+    Computed as logit - logsumexp; has a first derivative only.
+    """
+    logprobs: Tensor = _TokenLogprobs.apply(logits, targets, temperature, top_k, top_p)  # type: ignore[no-untyped-call]
+    return logprobs
+
+
+def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
+    """Sum of the selected tokens' log-probs per row: (B, R) -> (B,), nats per sequence."""
+    return row_sums(logprobs, mask)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """logsumexp(z) - sum softmax(z) z: (..., V) -> (...,) in nats. Tokens at -inf contribute 0.
+
+    Neither scales nor truncates; for the distribution that was sampled from, do both first.
+    """
+    logits = at_least_float32(logits)
+    finite = torch.where(logits == -torch.inf, logits.new_zeros(()), logits)
+    return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
+
+
+def _smallest_kept(logits: Tensor, top_k: int, top_p: float) -> Tensor | None:
+    """The smallest logit of the truncated set, (..., 1); None if nothing is cut off. V is sorted only without top-k."""
+    has_top_k = 0 < top_k < logits.shape[-1]
+    if not has_top_k and top_p >= 1:
+        return None
+    logits = logits.detach()
+    largest = logits.topk(top_k).values if has_top_k else logits.sort(dim=-1, descending=True).values  # (..., k or V)
+    if top_p >= 1:
+        return largest[..., -1:]
+    probs = at_least_float32(largest).softmax(-1)
+    mass_before = probs.cumsum(-1) - probs
+    num_kept = (mass_before < top_p).sum(-1, keepdim=True).clamp(min=1)
+    return largest.gather(-1, num_kept - 1)
+
+
+class _TokenLogprobs(Function):
+    """`token_logprobs` with a hand-written gradient, (onehot(target) - softmax) / temperature on the truncated set.
+
+    Autograd's own would hold three more (..., V) tensors at the peak of backward. This one recomputes the softmax from
+    the logits as they came in and needs one, plus one in float32 if there is a temperature or the logits are narrower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+        scaled = scale_logits(logits, temperature=temperature)
+        columns = targets.unsqueeze(-1)
+        chosen = scaled.gather(-1, columns)  # (..., 1)
+        smallest = _smallest_kept(scaled, top_k, top_p)
+        if smallest is not None:
+            scaled = scaled.masked_fill(scaled < smallest, -torch.inf).scatter_(-1, columns, chosen)
+        log_total = scaled.logsumexp(-1, keepdim=True)
+        ctx.temperature = temperature
+        ctx.save_for_backward(logits, columns, chosen, log_total, smallest)
+        return (chosen - log_total).squeeze(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        logits, columns, chosen, log_total, smallest = ctx.saved_tensors
+        scaled = scale_logits(logits, temperature=ctx.temperature)
+        probs = (scaled - log_total).exp_()
+        if smallest is not None:
+            probs.masked_fill_(scaled < smallest, 0).scatter_(-1, columns, (chosen - log_total).exp())
+        grad = grad.unsqueeze(-1) / ctx.temperature
+        return probs.mul_(-grad).scatter_add_(-1, columns, grad).to(logits.dtype), None, None, None, None

@@ -1,0 +1,53 @@
+"""Named choices: a registry holds the functions that one recipe option can choose from, each with its source."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A registered function with the paper it comes from and the first line of its docstring."""
+
+    name: str
+    function: Callable[..., Any]
+    paper: str
+    summary: str
+
+
+class Registry:
+    """Functions by name. A name can be taken once, and only by a documented function with a source."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+        self._entries: dict[str, Entry] = {}
+
+    def register(self, name: str, *, paper: str) -> Callable[[F], F]:
+        """Decorator: enter the function under `name`. `paper` says where the formula is from, with its equation."""
+
+        def enter(function: F) -> F:
+            if name in self._entries:
+                raise ValueError(f"{self.kind} {name!r} is registered twice")
+            if not paper.strip() or not (function.__doc__ or "").strip():
+                raise ValueError(f"{self.kind} {name!r} needs a paper and a docstring")
+            summary = (function.__doc__ or "").strip().splitlines()[0]
+            self._entries[name] = Entry(name, function, paper, summary)
+            return function
+
+        return enter
+
+    def names(self) -> list[str]:
+        """All names, in the order of registration."""
+        return list(self._entries)
+
+    def __getitem__(self, name: str) -> Entry:
+        if name not in self._entries:
+            raise KeyError(f"no {self.kind} {name!r}; there are {', '.join(self._entries)}")
+        return self._entries[name]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self._entries.values())

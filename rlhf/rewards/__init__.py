@@ -1,0 +1,1 @@
+"""Scores for answers: rules, the user's own functions, trained reward models, and their weighted sum."""

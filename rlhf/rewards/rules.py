@@ -1,0 +1,226 @@
+"""Rewards that need no model: comparisons with a reference answer, patterns, lengths, and a user's own function.
+
+Answers come from a model and may be anything: megabytes of text, "10**10**10", digits of other scripts. Nothing here
+evaluates them, and every pattern of ours is matched against a bounded piece of text at a bounded number of places.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import math
+import numbers
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import DataError, RecipeError, UserError
+from rlhf.rewards.base import RULES, Row, Scores
+
+# A number as people and models write it: -1,234.5, $18, 3/4, 0.5 %, 1e6, **72**, "18." at the end of a sentence. ASCII
+# digits only. It ends at white space or at closing punctuation, else it is part of something else: 10**10, 3pm, 1,23.
+_NUMBER = re.compile(
+    r"""
+    \*{0,3}\s?                                                    # bold
+    [$€£]?\s?  (?P<sign>[-+\u2212]?)  \s?[$€£]?\s?
+    (?P<digits>
+        (?: [0-9]{1,3}(?:,[0-9]{3}){1,12} | [0-9]{1,40} ) (?:\.[0-9]{0,40})?
+        | \.[0-9]{1,40}
+    )
+    (?:[eE](?P<exponent>[-+]?[0-9]{1,3}))?
+    (?:/(?P<below>[0-9]{1,40}))?                                  # 3/4
+    \s?[%$€£]?                                                    # units: 50 % is 50, half a percent is 0.5
+    (?= [.,;:!?)*]{0,4} (?:\s|$) )
+    """,
+    re.VERBOSE,
+)
+_NUMBER_WINDOW = 200  # characters after the marker; longer than any number that _NUMBER accepts
+_FORMAT_WINDOW = 8192  # characters at the end of an answer that a pattern may start in
+
+
+@RULES.register("exact", paper="arXiv:1606.05250 sec. 6.1")
+def exact(rows: list[Row], answers: list[str], *, answer: str) -> Scores:
+    """1 if the answer equals column `answer` of its row, else 0; white space and letter case do not count."""
+    references = [_normal(str(_field(row, answer, i))) for i, row in enumerate(rows)]
+    return [float(_normal(text) == reference) for text, reference in zip(answers, references, strict=True)]
+
+
+@RULES.register("numeric", paper="arXiv:2110.14168 (final answer after ####)")
+def numeric(rows: list[Row], answers: list[str], *, answer: str, marker: str, tolerance: float) -> Scores:
+    """1 if the number after the answer's last `marker` equals that of column `answer`, else 0.
+
+    An answer without marker or number is wrong, by this rule. A reference may do without the marker (a bare `72`), but
+    one without a number is an error in the data. tolerance: largest relative difference that counts as equal.
+    """
+    targets = [_reference_number(row, answer, marker, i) for i, row in enumerate(rows)]
+    scores: Scores = []
+    for text, target in zip(answers, targets, strict=True):
+        _, found_marker, tail = text.rpartition(marker) if marker else ("", "start", text)
+        value = parse_number(tail) if found_marker else None
+        scores.append(float(value is not None and math.isclose(value, target, rel_tol=tolerance)))
+    return scores
+
+
+@RULES.register("format", paper="arXiv:2501.12948 sec. 2.2.2 (format rewards)")
+def format_found(rows: list[Row], answers: list[str], *, pattern: str) -> Scores:
+    """1 if the regular expression is found in the answer, else 0.
+
+    A match must start in the last 8,192 characters, which bounds the time of a pattern that is quadratic in the text;
+    `^` and `\\A` still mean the beginning of the whole answer. Patterns that are exponential (nested repetition such as
+    `(a+)+$`) are not guarded against.
+    """
+    compiled = _compiled(pattern)
+    return [float(compiled.search(text, max(0, len(text) - _FORMAT_WINDOW)) is not None) for text in answers]
+
+
+@RULES.register("length", paper="arXiv:2503.04697 eq. 1 (distance to a target length)")
+def length(rows: list[Row], answers: list[str], *, target: int, scale: int) -> Scores:
+    """max(0, 1 - |words - target| / scale), words being separated by white space."""
+    return [max(0.0, 1 - abs(len(text.split()) - target) / scale) for text in answers]
+
+
+@RULES.register("function", paper="the user's own")
+def user_function(rows: list[Row], answers: list[str], *, function: str) -> Scores:
+    """What the user's `file.py:name` says: called as name(rows, answers), returns a list of finite floats or None.
+
+    Runs the file's code, once per process; whoever calls this has asked for permission. The function gets copies.
+    """
+    try:
+        result = _loaded(function)([dict(row) for row in rows], list(answers))
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"the reward function raised {_what_happened(error, Path(function.rpartition(':')[0]))}",
+            where=function,
+            fix="it must return one score per answer; None leaves an answer unscored",
+        ) from error
+    return _validated(result, len(answers), function)
+
+
+def parse_number(text: str) -> float | None:
+    """The number at the start of `text`, white space aside; None if there is none, or none that is finite."""
+    match = _NUMBER.match(text.lstrip()[:_NUMBER_WINDOW])
+    if match is None:
+        return None
+    digits = match["digits"].replace(",", "")
+    value = float(f"{digits}e{match['exponent'] or 0}")
+    if match["below"]:
+        below = float(match["below"])
+        value = value / below if below else math.inf
+    return (-value if match["sign"] in ("-", "\u2212") else value) if math.isfinite(value) else None
+
+
+def _reference_number(row: Row, column: str, marker: str, index: int) -> float:
+    """The number in a row's reference answer."""
+    text = str(_field(row, column, index))
+    value = parse_number(text.rpartition(marker)[2] if marker else text)
+    if value is None:
+        shown = text if len(text) <= 80 else "..." + text[-80:]
+        raise DataError(
+            f"expected a number in column {column!r}, found {shown!r}",
+            where=_place(row, index),
+            fix=f"a number may stand alone or after {marker!r}; name another column with `answer:`",
+        )
+    return value
+
+
+def _field(row: Row, column: str, index: int) -> Any:
+    """A row's reference answer, which must be there."""
+    if row.get(column) is None:
+        raise DataError(
+            f"expected a reference answer in column {column!r}, found columns {', '.join(map(str, row))}",
+            where=_place(row, index),
+            fix="name the column with `answer:` in the reward's options",
+        )
+    return row[column]
+
+
+def _place(row: Row, index: int) -> str:
+    """How a message names a row: its number in the dataset, else its position in this call."""
+    return f"row {row['row']}" if "row" in row else f"row {index} of the batch"
+
+
+def _normal(text: str) -> str:
+    """One space between words, no letter case."""
+    return " ".join(text.split()).casefold()
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    """A recipe's pattern, compiled once."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise RecipeError(
+            f"expected a regular expression, found {pattern!r}: {error}", where="rewards: format: pattern"
+        ) from None
+
+
+@cache
+def _loaded(spec: str) -> Callable[[list[Row], list[str]], Any]:
+    """The function named by `file.py:name`, from exactly that file: nothing is looked up on the import path."""
+    file, _, name = spec.rpartition(":")
+    path = Path(file)
+    if path.suffix != ".py" or not name.isidentifier():
+        raise RecipeError(f"expected file.py:name, found {spec!r}", where="rewards: function")
+    if not path.is_file():
+        raise RecipeError(f"expected a Python file, found none at {path.resolve()}", where=f"rewards: function: {spec}")
+    # Registered under a name of its own before it runs, as dataclasses and pickling in the file expect.
+    module_name = "rlhf_reward_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
+    module_spec = importlib.util.spec_from_file_location(module_name, path)
+    assert module_spec is not None and module_spec.loader is not None, path
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[module_name] = module
+    try:
+        module_spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[module_name]
+        raise UserError(f"the file could not be loaded: {_what_happened(error, path)}", where=str(path)) from error
+    if not callable(vars(module).get(name)):
+        found = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise RecipeError(f"expected a function {name!r}, found {found or 'no function'}", where=str(path))
+    loaded: Callable[[list[Row], list[str]], Any] = vars(module)[name]
+    return loaded
+
+
+def _what_happened(error: Exception, path: Path) -> str:
+    """Type and message of an exception, and the line of the user's file that it came from or through."""
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
+    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
+
+
+def _validated(result: Any, count: int, spec: str) -> Scores:
+    """The user's scores as floats; a wrong type, length or value is the user's to mend, never replaced by 0."""
+    fix = f"it must return a list of {count} numbers; None leaves an answer unscored"
+    if not isinstance(result, list | tuple):
+        raise UserError(f"expected a list of scores, found {_shown(result)}", where=spec, fix=fix)
+    if len(result) != count:
+        raise UserError(f"expected {count} scores, found {len(result)}: {_shown(result)}", where=spec, fix=fix)
+    scores: Scores = []
+    for i, score in enumerate(result):
+        if score is not None and not _is_finite(score):
+            raise UserError(
+                f"expected a finite number or None as score {i}, found {_shown(score)}", where=spec, fix=fix
+            )
+        scores.append(None if score is None else float(score))
+    return scores
+
+
+def _is_finite(score: Any) -> bool:
+    """True for a real number (Python's or numpy's) that a float can hold."""
+    try:
+        return isinstance(score, numbers.Real) and math.isfinite(score)
+    except OverflowError:  # an integer beyond 1e308
+        return False
+
+
+def _shown(value: Any) -> str:
+    """Type and the beginning of a value, for messages."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 120 else text[:120] + '...'}"
