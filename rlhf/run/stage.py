@@ -1,0 +1,368 @@
+"""The folder of one stage: its paths, how it is opened, what it records about itself, how its result is published.
+
+Opening decides what the command does: begin, resume, say "finished", or refuse. The locks lie beside the folder, so
+that --restart can move the folder away.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from rlhf.errors import BusyError, CheckpointError, RecipeError, ResourceError, StoppedError, UserError
+from rlhf.run import commit
+from rlhf.run.commit import Lock
+from rlhf.run.lineage import (
+    PROVENANCE,
+    Parent,
+    differences,
+    invocation,
+    recordable,
+    recorded_parents,
+    stale_parents,
+)
+
+Mode = Literal["new", "resume", "finished"]
+PARTS = ("model", "critic")
+SET_ASIDE = re.compile(r"(.+)\.old-(\d+)")
+_RESERVED = {"report"}
+_STATUS: dict[str, tuple[tuple[type, ...], Any]] = {  # field -> types, value while it is not known
+    "state": ((str,), "unknown"),
+    "stage": ((str,), None),
+    "step": ((int,), 0),
+    "total_steps": ((int,), None),
+    "heartbeat": ((int, float), None),
+    "started": ((int, float), None),
+    "ended": ((int, float), None),
+    "exit_reason": ((str,), None),
+    "key_metric": ((dict,), None),  # {name, value}
+}
+_STATES = ("running", "finished", "failed", "stopped")
+_MOST_DIFFERENCES = 8
+
+
+@dataclass(frozen=True)
+class StageSummary:
+    """One row of `rlhf status`."""
+
+    name: str
+    stage: str | None  # the subcommand: sft, rm, ...
+    kind: str | None  # what it published: policy, reward, value; None before
+    state: str  # running, finished, failed, stopped, interrupted, damaged, unknown
+    step: int
+    total_steps: int | None
+    key_metric: tuple[str, float | None] | None
+    parents: list[str]
+    stale: list[str]  # parents that changed since
+    reason: str | None
+    started: float | None
+    ended: float | None
+
+
+class StageDir:
+    """The folder of one stage: its paths, how it is opened, and how its result is published."""
+
+    def __init__(self, root: Path, name: str) -> None:
+        self.root, self.name = root, name
+        self.path = root / name
+        self.recipe = self.path / "recipe.yaml"
+        self.resolved = self.path / "resolved.yaml"
+        self.status = self.path / "status.json"
+        self.provenance = self.path / PROVENANCE
+        self.metrics = self.path / "metrics.jsonl"
+        self.samples = self.path / "samples.jsonl"
+        self.log = self.path / "log.txt"
+        self.checkpoints = self.path / "checkpoints"
+        self.model = self.path / "model"
+        self.critic = self.path / "critic"
+        self.manifest = self.path / commit.MANIFEST
+        self.lock = root / f".{name}.lock"
+        self.writer_lock = root / f".{name}.rank0.lock"
+
+    def exists(self) -> bool:
+        """Whether a stage was ever opened here."""
+        return any(path.exists() for path in (self.provenance, self.status, self.manifest))
+
+    def checkpoint(self, step: int) -> Path:
+        """Where the checkpoint after `step` finished steps is."""
+        return self.checkpoints / commit.step_name(step)
+
+    # -- opening
+
+    def open(self, inputs: dict[str, Any], *, restart: bool = False, launcher: int | None = None) -> Opened:
+        """Lock the stage and decide what there is to do. Use the result as a context manager.
+
+        inputs: everything the result depends on: {"stage": "ppo", "recipe": {...}, "parents": {...}, "data": {...}}.
+        restart: set an existing folder aside as NAME.old-1 and begin again.
+        launcher: for rank 0 under `rlhf.launch`: the pid of the command that holds the stage for this job. The rank
+            takes a lock of its own, so that nobody begins while ranks of a killed command are still ending.
+        """
+        if self.name in _RESERVED or SET_ASIDE.fullmatch(self.name):
+            what = f"expected a name that is not used for something else, found {self.name}"
+            raise RecipeError(what, where=str(self.path), fix="Choose another --name.")
+        lock = self._acquire(launcher)
+        try:
+            if restart and launcher is None and self.path.exists():
+                self._set_aside()
+            mode, checkpoint = self._reopen(inputs) if self.exists() else self._create(inputs)
+        except BaseException:
+            lock.release()
+            raise
+        return Opened(self, mode, checkpoint, lock)
+
+    def _acquire(self, launcher: int | None) -> Lock:
+        lock = Lock(self.lock if launcher is None else self.writer_lock)
+        fix = "Wait for it or stop it, or give this one another name with --name."
+        try:
+            lock.acquire()
+        except BusyError as error:
+            raise BusyError(error.what, where=str(self.path), fix=fix) from None
+        other = Lock(self.writer_lock if launcher is None else self.lock).holder()
+        if launcher is None and other is not None:
+            lock.release()
+            what = f"held by {commit.describe_holder(other)}, which is still ending"
+            raise BusyError(what, where=str(self.path), fix=fix)
+        if launcher is not None and (other is None or other["pid"] != launcher):
+            lock.release()
+            who = "nobody" if other is None else commit.describe_holder(other)
+            raise BusyError(f"expected to be held by process {launcher}, found {who}", where=str(self.path), fix=fix)
+        return lock
+
+    def _set_aside(self) -> None:
+        taken = [int(m[2]) for p in self.root.iterdir() if (m := SET_ASIDE.fullmatch(p.name)) and m[1] == self.name]
+        with commit.disk(self.path):
+            self.path.rename(self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}"))
+            commit.fsync_path(self.root)
+
+    def _create(self, inputs: dict[str, Any]) -> tuple[Mode, None]:
+        with commit.disk(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            commit.fsync_path(self.path.parent)
+        if foreign := [p.name for p in self.path.iterdir() if not p.name.startswith(commit.TEMPORARY)]:
+            what = f"expected a stage folder or nothing, found {', '.join(sorted(foreign)[:3])}, which no stage wrote"
+            raise CheckpointError(what, where=str(self.path), fix="Choose another --name or another --run.")
+        commit.write_json(self.provenance, {"inputs": recordable(inputs)})
+        self.write_status(state="running", stage=inputs["stage"], started=_now())
+        return "new", None
+
+    def _reopen(self, inputs: dict[str, Any]) -> tuple[Mode, Path | None]:
+        try:
+            recorded = commit.read_json(self.provenance)["inputs"]
+        except (CheckpointError, KeyError):
+            fix = "Begin again with --restart; the old folder is kept under another name."
+            raise CheckpointError(
+                "expected the recorded inputs, found none", where=str(self.provenance), fix=fix
+            ) from None
+        if changed := differences(recorded, inputs):
+            more = len(changed) - _MOST_DIFFERENCES
+            lines = changed[:_MOST_DIFFERENCES] + ([f"and {more} more"] if more > 0 else [])
+            what = "made from other inputs, and nothing is overwritten:\n    " + "\n    ".join(lines)
+            fix = "Give this run a name of its own with --name, or begin again with --restart (the old folder is kept)."
+            raise RecipeError(what, where=str(self.path), fix=fix)
+        if self.manifest.exists():
+            self.read_manifest()
+            return "finished", None
+        for folder in (self.path, self.checkpoints):
+            commit.remove_temporaries(folder)
+        checkpoint = commit.newest_checkpoint(self.checkpoints, hash_limit=0)
+        self.write_status(state="running", ended=None, exit_reason=None)
+        return ("resume" if checkpoint else "new"), checkpoint
+
+    def cut_logs(self, step: int) -> None:
+        """Cut metrics and samples back to the first `step` finished steps; 0 empties them."""
+        for path in (self.metrics, self.samples):
+            commit.cut_jsonl(path, step if step else -1)
+
+    # -- what a stage writes about itself
+
+    def write_recipe(self, given: str, resolved: str) -> None:
+        """Keep the recipe as it was given, and with every default written out."""
+        commit.write_atomic(self.recipe, given)
+        commit.write_atomic(self.resolved, resolved)
+
+    def write_provenance(
+        self, *, devices: Sequence[str], seed: int, parents: Sequence[Parent], data: Sequence[dict[str, Any]]
+    ) -> None:
+        """Record how the stage is being made; the recorded inputs stay, earlier invocations move to a list.
+
+        data: one entry per dataset with path, fingerprint and row counts.
+        """
+        before = commit.read_json(self.provenance)
+        now = invocation(devices)
+        earlier = before["earlier"] if "earlier" in before else []
+        if "argv" in before:
+            earlier = [*earlier, {key: before[key] for key in now if key in before}]
+        facts = {
+            **now,
+            "seed": seed,
+            "parents": [parent.record(self.root) for parent in parents],
+            "data": recordable(data),
+            "inputs": before["inputs"],
+            "earlier": earlier,
+        }
+        commit.write_json(self.provenance, facts)
+
+    def write_status(self, **fields: Any) -> None:
+        """Change fields of status.json: state, stage, step, total_steps, started, ended, exit_reason, key_metric.
+
+        The heartbeat is set to now. A change of state is forced to the disk, a mere heartbeat is not.
+        """
+        assert fields.keys() <= _STATUS.keys(), fields
+        assert "state" not in fields or fields["state"] in _STATES, fields
+        status = {**self.read_status(), **fields, "heartbeat": _now()}
+        commit.write_json(self.status, status, durable="state" in fields)
+
+    def read_status(self) -> dict[str, Any]:
+        """All fields of status.json. A missing or damaged file or field reads as not known, state "unknown"."""
+        try:
+            found = commit.read_json(self.status)
+        except CheckpointError:
+            found = {}
+        status = {
+            key: found[key] if isinstance(found.get(key), types) else empty for key, (types, empty) in _STATUS.items()
+        }
+        if status["state"] not in _STATES:
+            status["state"] = "unknown"
+        if status["key_metric"] is not None and not {"name", "value"} <= status["key_metric"].keys():
+            status["key_metric"] = None
+        return status
+
+    def log_handler(self) -> logging.FileHandler:
+        """A handler that appends to log.txt, tracebacks included."""
+        with commit.disk(self.log):
+            handler = logging.FileHandler(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+        return handler
+
+    # -- publishing
+
+    def export_dir(self, part: str) -> Path:
+        """An empty folder to export "model" or "critic" into; `publish` gives it its name."""
+        assert part in PARTS, part
+        return commit.fresh_temporary(self.path / part)
+
+    def publish(self, kind: str, facts: dict[str, Any], log_end: int) -> dict[str, Any]:
+        """Make the exported folders the stage's result, write the manifest last, and return it.
+
+        kind: policy, reward or value. facts: base model, template and tokenizer hashes, EOS and pad ids, head.
+        log_end: the last step in metrics.jsonl. Everything is hashed and forced to the disk before the manifest exists.
+        """
+        assert not self.manifest.exists(), self.manifest
+        exported = {part: self.path / f"{commit.TEMPORARY}{part}" for part in PARTS}
+        exported = {part: folder for part, folder in exported.items() if folder.exists()}
+        assert exported, "nothing was exported"
+        files = {
+            f"{part}/{name}": entry for part, folder in exported.items() for name, entry in commit.seal(folder).items()
+        }
+        with commit.disk(self.path):
+            for part in PARTS:
+                if (self.path / part).exists():  # renamed by a publication that was interrupted before its manifest
+                    commit.remove_dir(self.path / part)
+            for part, folder in exported.items():
+                folder.rename(self.path / part)
+            commit.fsync_path(self.path)
+        manifest = commit.plain(
+            {
+                "stage": self.read_status()["stage"],
+                "name": self.name,
+                "kind": kind,
+                "facts": facts,
+                "log_end": log_end,
+                "published": _now(),
+                "files": files,
+            }
+        )
+        commit.write_json(self.manifest, manifest)
+        self.write_status(state="finished", ended=_now(), exit_reason=None)
+        return dict(manifest)
+
+    def is_finished(self) -> bool:
+        """Whether the stage has published its result."""
+        return self.manifest.exists()
+
+    def read_manifest(self, *, hash_limit: int | None = commit.SMALL_FILE) -> dict[str, Any]:
+        """The manifest of a finished stage whose published files are as they were written, else CheckpointError.
+
+        Sizes of all files and hashes of those up to `hash_limit` bytes are compared; None reads every byte.
+        """
+        fix = "Restore the file, or make the stage again with --restart."
+        try:
+            manifest = commit.verify(self.path, hash_limit=hash_limit, parts=PARTS)
+        except CheckpointError as error:
+            raise CheckpointError(error.what, where=error.where, fix=fix) from error
+        if not isinstance(manifest.get("kind"), str):
+            raise CheckpointError("expected the kind of the stage, found none", where=str(self.manifest), fix=fix)
+        return manifest
+
+    # -- looking at it
+
+    def holder(self) -> dict[str, Any] | None:
+        """The process that works on the stage now ({pid, host, since}), or None."""
+        return Lock(self.lock).holder() or Lock(self.writer_lock).holder()
+
+    def describe(self) -> StageSummary:
+        """How the stage stands; whatever is damaged shows as such."""
+        status, kind, reason = self.read_status(), None, None
+        state = status["state"]
+        if self.manifest.exists():
+            try:
+                kind, state = commit.verify(self.path, hash_limit=0, parts=PARTS)["kind"], "finished"
+            except (UserError, KeyError) as error:
+                state, reason = "damaged", str(error).splitlines()[0]
+        elif state == "finished":
+            state, reason = "damaged", f"{commit.MANIFEST} is missing"
+        elif state == "running" and self.holder() is None:
+            state, reason = "interrupted", "ended without a word; the same command resumes"
+        metric = status["key_metric"]
+        return StageSummary(
+            name=self.name,
+            stage=status["stage"],
+            kind=kind,
+            state=state,
+            step=status["step"],
+            total_steps=status["total_steps"],
+            key_metric=(metric["name"], metric["value"]) if metric else None,
+            parents=[parent["stage"] for parent in recorded_parents(self.path)],
+            stale=stale_parents(self.path),
+            reason=reason or status["exit_reason"],
+            started=status["started"],
+            ended=status["ended"],
+        )
+
+
+class Opened:
+    """A stage that this process may write to. Leaving the context records an error and gives the lock back."""
+
+    def __init__(self, stage: StageDir, mode: Mode, checkpoint: Path | None, lock: Lock) -> None:
+        self.stage, self.mode, self.checkpoint = stage, mode, checkpoint
+        self._lock = lock
+
+    def __enter__(self) -> Opened:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if error is not None and self.mode != "finished" and self.stage.read_status()["state"] == "running":
+                state = "stopped" if isinstance(error, (StoppedError, KeyboardInterrupt)) else "failed"
+                reason = (str(error) or type(error).__name__).splitlines()[0]
+                with suppress(ResourceError):  # the first error is the one to report
+                    self.stage.write_status(state=state, ended=_now(), exit_reason=reason)
+        finally:
+            self.close()
+
+    def close(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
+
+def _now() -> float:
+    return round(time.time(), 3)
