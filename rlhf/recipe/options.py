@@ -1,16 +1,26 @@
 """Options of the named choices: one block per registered function, the function's keyword-only arguments as fields.
 
-A block is chosen by its `name` (losses, estimators) or `kind` (rewards). `algo/` and `rewards/` hold the functions; a test
-holds both sides against each other.
+A block is chosen by its `name` (losses, estimators) or `kind` (rewards). `algo/` and `rewards/` hold the functions; a
+test holds both sides against each other.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from rlhf.recipe.schema import Block, ModelRef, ZeroBlock
+
+
+def _default_name(name: str) -> BeforeValidator:
+    """Lets a block leave out its `name`: `{beta: 0.05}` keeps the stage's default choice."""
+
+    def fill(value: Any) -> Any:
+        return {"name": name, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(fill)
+
 
 # --- preference losses (`rlhf dpo`) --------------------------------------------------------------------------------
 
@@ -30,7 +40,7 @@ class CdpoLoss(Block):
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="probability that a preference label is wrong")
 
 
-PreferenceLoss = Annotated[DpoLoss | CdpoLoss, Field(discriminator="name")]
+PreferenceLoss = Annotated[DpoLoss | CdpoLoss, Field(discriminator="name"), _default_name("dpo")]
 
 # --- reward-model losses (`rlhf rm`) -------------------------------------------------------------------------------
 
@@ -54,7 +64,7 @@ class RmBtSmoothLoss(Block):
     )
 
 
-RewardLoss = Annotated[RmBtLoss | RmBtSmoothLoss, Field(discriminator="name")]
+RewardLoss = Annotated[RmBtLoss | RmBtSmoothLoss, Field(discriminator="name"), _default_name("rm_bt")]
 
 # --- on-policy pieces (`rlhf ppo`, `rlhf grpo`) --------------------------------------------------------------------
 

@@ -1,19 +1,31 @@
-"""Blocks that recipes are made of. Every option, default, range and help line lives here or in `options.py`, nowhere else.
+"""Blocks that recipes are made of. Every option, default, range and help line lives here or in `options.py`.
 
-No torch: a recipe must be refused in a blink. Field descriptions are what `rlhf explain KEY` and `rlhf schema STAGE` print.
+No torch: a recipe must be refused in a blink. `rlhf explain KEY` and `rlhf schema STAGE` print the field descriptions.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
 
 
 class Block(BaseModel):
-    """A group of options. Unknown keys are errors, values never change after loading."""
+    """A group of options. Unknown keys are errors, types are never guessed, values never change after loading."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True, validate_default=True
+    )
+
+    # Groups of keys of which only one may be given; `--set` of one replaces another that the file gives.
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+
+
+def conflict(message: str, *keys: str) -> PydanticCustomError:
+    """An error of a whole block that is about these of its keys."""
+    # The message is given as a value of the template, since it may hold braces.
+    return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
 
 
 class LoraBlock(Block):
@@ -34,13 +46,15 @@ class InitBlock(Block):
     kv_heads: int | None = Field(None, ge=1, description="key/value heads; default: as many as heads")
     ffn: int | None = Field(None, ge=8, description="feed-forward size; default: 4 x hidden")
     vocab: int = Field(1024, ge=300, description="tokens of the BPE vocabulary, special tokens included")
-    context: int = Field(512, ge=16, description="longest sequence in tokens")
+    context: int = Field(1024, ge=16, description="longest sequence in tokens")
     tied: bool = Field(True, description="share input and output embeddings")
     dropout: float = Field(0.0, ge=0, lt=1, description="attention dropout")
 
 
 class ModelRef(Block):
-    """Where a model comes from: exactly one of `from`, `path` and `init`."""
+    """Where a model comes from: a stage (`from`), or a folder or hub id (`path`)."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("from", "path"),)
 
     from_: str | None = Field(
         None, alias="from", description="a stage of this run directory (sft) or of another one (runs/other/sft)"
@@ -50,7 +64,9 @@ class ModelRef(Block):
 
 
 class ModelBlock(ModelRef):
-    """The model a stage trains."""
+    """The model a stage trains: exactly one of `from`, `path` and `init`."""
+
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("from", "path", "init"),)
 
     init: InitBlock | None = Field(None, description="make a small model from scratch instead of loading one")
     dtype: Literal["fp32", "bf16"] = Field(
@@ -75,7 +91,7 @@ class ModelBlock(ModelRef):
         given = [key for key, value in (("from", self.from_), ("path", self.path), ("init", self.init)) if value]
         if len(given) != 1:
             found = " and ".join(given) if given else "none of them"
-            raise ValueError(f"expected exactly one of from, path and init, found {found}")
+            raise conflict(f"expected exactly one of from, path and init, found {found}", "from", "path", "init")
         return self
 
 
@@ -134,6 +150,8 @@ class SourceBlock(Block):
 class DataBlock(SourceBlock):
     """What a stage learns from. One source inline (`path: ...`) or several under `sources`."""
 
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("path", "sources"), ("eval", "eval_rows"))
+
     sources: list[SourceBlock] = Field([], description="several weighted sources instead of `path`")
     eval: SourceBlock | None = Field(
         None, description="held-out data; default: `eval_rows` rows taken from the sources"
@@ -154,12 +172,10 @@ class DataBlock(SourceBlock):
     @model_validator(mode="after")
     def _one_source(self) -> DataBlock:
         if bool(self.path) == bool(self.sources):
-            raise ValueError("expected exactly one of path and sources, found " + ("both" if self.path else "neither"))
-        for i, source in enumerate(self.sources):
-            if not source.path:
-                raise ValueError(f"expected a path in every source, found none in sources[{i}]")
+            found = "both" if self.path else "neither"
+            raise conflict(f"expected exactly one of path and sources, found {found}", "path", "sources")
         if self.eval is not None and self.eval_rows:
-            raise ValueError("expected eval or eval_rows, found both")
+            raise conflict("expected eval or eval_rows, found both", "eval", "eval_rows")
         return self
 
     def all_sources(self) -> list[SourceBlock]:
@@ -167,12 +183,17 @@ class DataBlock(SourceBlock):
         return self.sources or [SourceBlock(**{k: getattr(self, k) for k in SourceBlock.model_fields})]
 
 
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
 class OptimBlock(Block):
     """Optimizer and learning-rate schedule of one trained model."""
 
     lr: float = Field(1e-5, gt=0, description="peak learning rate")
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="adamw, or sgd for debugging")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW decay rates of the two moments")
+    betas: tuple[Decay, Decay] = Field(  # a list in YAML, hence not strict
+        (0.9, 0.95), strict=False, description="AdamW decay rates of the two moments"
+    )
     eps: float = Field(1e-8, gt=0, description="AdamW epsilon")
     weight_decay: float = Field(0.0, ge=0, description="decoupled weight decay")
     max_grad_norm: float = Field(1.0, ge=0, description="clip the global gradient norm to this; 0: never clip")
@@ -188,7 +209,7 @@ class TrainBlock(OptimBlock):
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all devices")
     micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
 
 
 class OnlineTrainBlock(OptimBlock):
@@ -201,7 +222,7 @@ class OnlineTrainBlock(OptimBlock):
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass; must divide prompts x answers")
     micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
     rollout_batch: int = Field(64, ge=1, description="rows sampled together on a device")
-    seed: int = Field(0, ge=0, description="seed of everything random")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
 
 
 class SamplingBlock(Block):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.options import (
     DpoLoss,
@@ -33,6 +33,7 @@ from rlhf.recipe.schema import (
     SamplingBlock,
     TrainBlock,
     ZeroBlock,
+    conflict,
 )
 
 
@@ -45,8 +46,18 @@ class ReferenceBlock(ModelRef):
 class CriticBlock(ModelRef, OptimBlock):
     """The value model of PPO: started from a reward model (its head is kept) or from a policy (new head)."""
 
+    from_: str | None = Field(
+        "rm", alias="from", description="a stage of this run directory (rm) or of another one (runs/other/rm)"
+    )
     lr: float = Field(1e-5, gt=0, description="peak learning rate of the critic")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the critic")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _path_replaces_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("path") and not {"from", "from_"} & values.keys():
+            return {**values, "from": None}
+        return values
 
 
 class PreferenceTrainBlock(TrainBlock):
@@ -121,6 +132,7 @@ class PreferenceRecipe(Recipe):
 class OnlineRecipe(Recipe):
     """What PPO and GRPO share."""
 
+    train: OnlineTrainBlock = Field(OnlineTrainBlock(), description="rollouts and optimisation of the policy")
     reference: ReferenceBlock = Field(ReferenceBlock(), description="the frozen reference policy")
     rewards: list[Reward] = Field(
         [ModelReward(from_="rm")], min_length=1, description="scores, added up with their weights"
@@ -134,7 +146,7 @@ class PPORecipe(OnlineRecipe):
     """PPO with a critic."""
 
     train: PPOTrainBlock = Field(PPOTrainBlock(), description="rollouts and optimisation of the policy")
-    critic: CriticBlock = Field(CriticBlock(from_="rm"), description="the value model and its optimisation")
+    critic: CriticBlock = Field(CriticBlock(), description="the value model and its optimisation")
     kl: KlBlock = Field(KlBlock(), description="KL penalty inside the per-token reward")
     advantage: GaeAdvantage = Field(GaeAdvantage(), description="advantage estimator")
     whiten_advantages: bool = Field(
@@ -161,3 +173,27 @@ RECIPES: dict[str, type[Recipe]] = {
     "grpo": GRPORecipe,
     "dpo": PreferenceRecipe,
 }
+
+
+class PipelineStep(Block):
+    """One command of a pipeline: `rlhf STAGE RECIPE --name NAME --set ...`."""
+
+    stage: Literal["sft", "rm", "ppo", "grpo", "dpo"] = Field(description="the subcommand")
+    recipe: str = Field(description="its recipe, relative to the pipeline file")
+    name: str | None = Field(None, description="stage folder; default: the subcommand")
+    set: dict[str, Any] = Field({}, description="overrides, e.g. {kl.coef: 0.02}")
+
+
+class Pipeline(Block):
+    """What `rlhf run` does: stages in order, finished ones skipped."""
+
+    stages: list[PipelineStep] = Field(min_length=1, description="commands, in order")
+
+    @field_validator("stages")
+    @classmethod
+    def _own_folders(cls, steps: list[PipelineStep]) -> list[PipelineStep]:
+        names = [step.name or step.stage for step in steps]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise conflict(f"expected a different name for every stage, found {', '.join(twice)} more than once")
+        return steps
