@@ -1,0 +1,1 @@
+"""Language models and scorers: built, called, sampled from and published as Hugging Face folders."""

@@ -1,0 +1,130 @@
+"""The modules that engines wrap: log-probs of a policy, values and scores of a scorer.
+
+Everything that touches weights happens inside `forward`, head included, because sharded weights are whole only there.
+Padding may stand on either side: positions are counted over real tokens, and nothing is found by looking for pad ids.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from rlhf.algo.logprobs import entropy, scale_logits, token_logprobs, truncate_logits
+from rlhf.errors import CheckpointError
+from rlhf.recipe.schema import SamplingBlock
+
+# The model's own distribution: what SFT and preference losses are about.
+UNCHANGED = SamplingBlock(temperature=1.0, top_k=0, top_p=1.0)
+
+
+class RoleModule(nn.Module):
+    """A Hugging Face model in one role. Its weights are named `model.*`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+
+    @property
+    def core(self) -> nn.Module:
+        """The Hugging Face model itself; adapters live inside its layers."""
+        return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
+
+    @property
+    def backbone(self) -> nn.Module:
+        """The model without its head."""
+        return getattr(self.core, self.core.base_model_prefix)
+
+    def inputs(self, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
+        """Arguments of the Hugging Face forward for ids padded on either side.
+
+        attention: (B, T); ids: its last columns, all of them or those that a cache does not hold yet.
+        """
+        attention = attention.long()
+        inputs = {"input_ids": ids, "attention_mask": attention}
+        if self._takes_positions:
+            inputs["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        return inputs
+
+
+class PolicyModule(RoleModule):
+    """Log-probs of given tokens under a causal language model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        if "logits_to_keep" not in inspect.signature(self.core.forward).parameters:
+            raise CheckpointError(
+                f"expected a model that can compute logits of chosen positions, found a {type(self.core).__name__}",
+                fix="Use an architecture whose transformers class takes logits_to_keep.",
+            )
+
+    def forward(
+        self,
+        ids: Tensor,
+        attention: Tensor,
+        start: int,
+        sampling: SamplingBlock = UNCHANGED,
+        with_entropy: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Log-probs of ids[:, start:] under `sampling`'s distribution, (B, T - start) float32, in nats.
+
+        ids, attention: (B, T). Only the positions that predict these tokens enter the head. Where the attention is 0
+        the numbers are finite and mean nothing. with_entropy: also the entropy of each of these distributions, of the
+        same shape and without gradient.
+        """
+        length = ids.shape[1]
+        assert 1 <= start < length, f"start: expected 1..{length - 1}, found {start}"
+        positions = torch.arange(start - 1, length - 1, device=ids.device)
+        logits = self.core(**self.inputs(ids, attention), use_cache=False, logits_to_keep=positions).logits  # (B, R, V)
+        cut = {"top_k": sampling.top_k, "top_p": sampling.top_p}
+        logprobs = token_logprobs(logits, ids[:, start:], temperature=sampling.temperature, **cut)
+        if not with_entropy:
+            return logprobs
+        with torch.no_grad():
+            scaled = scale_logits(logits.detach(), temperature=sampling.temperature)
+            return logprobs, entropy(truncate_logits(scaled, **cut))
+
+    @contextmanager
+    def adapter_off(self) -> Iterator[None]:
+        """Inside, a LoRA policy is its own base: the reference, for free. No parameter's `requires_grad` changes.
+
+        For use without gradients: with checkpointing the recomputation would run after the adapter is on again.
+        """
+        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
+        assert layers, "only a LoRA policy has a base to fall back on"
+        before = [layer._disable_adapters for layer in layers]
+        try:
+            for layer in layers:
+                layer._disable_adapters = True
+            yield
+        finally:
+            for layer, was in zip(layers, before, strict=True):
+                layer._disable_adapters = was
+
+
+class ScorerModule(RoleModule):
+    """Scores of whole sequences, or values of each state, under a model with a scalar head."""
+
+    def forward(self, ids: Tensor, attention: Tensor, start: int | None = None) -> Tensor:
+        """start None: the score at each row's last attended token, (B,) float32.
+
+        Else values (B, T - start) float32: of the state before token t, for t in start..T-1, so read at position t - 1.
+        """
+        hidden = self.backbone(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
+        if start is not None:
+            assert 1 <= start < ids.shape[1], f"start: expected 1..{ids.shape[1] - 1}, found {start}"
+            return self.head(hidden[:, start - 1 : -1])
+        columns = torch.arange(ids.shape[1], device=ids.device)
+        last = (columns * attention.long()).argmax(-1)  # (B,)
+        return self.head(hidden[torch.arange(len(ids), device=ids.device), last])
+
+    def head(self, hidden: Tensor) -> Tensor:
+        """(..., H) -> (...,) float32. Called as a module, which is what makes a sharded head whole."""
+        score = self.core.score
+        return score(hidden.to(next(score.parameters()).dtype)).float().squeeze(-1)
