@@ -35,7 +35,7 @@ class Scored(Rows):
 
 
 def ppo_experience(scored: Scored, recipe: PPORecipe) -> Experience:
-    """KL-shaped token rewards, GAE against the critic, advantages whitened over the rollout. [arXiv:1909.08593, 2203.02155]"""
+    """KL-shaped token rewards, GAE against the critic, advantages whitened over the rollout. [arXiv:1909.08593]"""
     assert scored.old_values is not None, "PPO needs a critic"
     mask = scored.response_mask
     scores = process_scores(scored, recipe)
@@ -43,7 +43,7 @@ def ppo_experience(scored: Scored, recipe: PPORecipe) -> Experience:
     rewards = reward_math.shape_rewards(scores, kl, mask, kl_coef=recipe.kl.coef)
     advantages, returns = bind(ADVANTAGES, recipe.advantage)(rewards, scored.old_values, mask)
     if recipe.whiten_advantages:
-        advantages = whiten(advantages, mask, moments(advantages, mask))
+        advantages = whiten(advantages, mask, moments(advantages, mask), unbiased=True)
     return Experience(
         scored.ids,
         scored.attention,

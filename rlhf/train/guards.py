@@ -13,7 +13,7 @@ _SAME_WEIGHTS = {"fp32": 1e-3, "bf16": 0.1}
 def check_same_weights(found: float, dtype: str, what: str) -> None:
     """Refuse to train when two log-probs that must agree do not.
 
-    found: mean absolute difference in nats per token. what: the sentence's subject, e.g. "fresh samples: ratio is not 1".
+    found: mean absolute difference in nats per token. what: the sentence's subject, e.g. "fresh samples of step 3".
     """
     allowed = _SAME_WEIGHTS[dtype]
     if not math.isfinite(found) or found > allowed:

@@ -44,8 +44,9 @@ class Objective(Protocol):
 
 def bind(registry: Registry, block: Block) -> Callable[..., Any]:
     """The registered function that a recipe block chose, with the block's options filled in."""
-    options = {key: getattr(block, key) for key in type(block).model_fields if key != "name"}
-    return partial(registry[block.name].function, **options)  # type: ignore[attr-defined]
+    chosen = next(key for key in ("name", "kind") if key in type(block).model_fields)
+    options = {key: getattr(block, key) for key in type(block).model_fields if key not in (chosen, "weight")}
+    return partial(registry[getattr(block, chosen)].function, **options)
 
 
 @dataclass(frozen=True)

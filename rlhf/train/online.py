@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf.algo.kl import k1
 from rlhf.algo.masked import masked_sum
-from rlhf.algo.value import explained_variance
+from rlhf.algo.value import explained_variance, value_moments
 from rlhf.batch import Experience, Rollout
 from rlhf.data import collate, order
 from rlhf.data.examples import PromptExample
@@ -26,7 +26,7 @@ from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.models import sample
 from rlhf.recipe.stages import OnlineRecipe
-from rlhf.rewards.base import Scorer
+from rlhf.rewards.scorer import Scorer
 from rlhf.train.advantages import Scored
 from rlhf.train.guards import check_same_weights
 from rlhf.train.loop import Collected
@@ -55,6 +55,7 @@ class OnlineCollector:
     scorer: Scorer
     critic: Engine | None
     to_experience: Callable[[Scored, Any], Experience]
+    starts_at_reference: bool
 
     def collect(self, step: int) -> Collected:
         """Sample, score, and cut into minibatches; this rank's share of each."""
@@ -69,7 +70,7 @@ class OnlineCollector:
         tokens = int(scored.attention.sum())
         metrics["speed/rollout_seconds"] = sampled
         metrics["speed/rollout_tokens_per_second"] = float(scored.response_mask.sum()) / sampled
-        if step == 0:
+        if step == 0 and self.starts_at_reference:
             check_same_weights(metrics["rollout/ref_gap"], self.recipe.model.dtype, "policy and reference at the start")
         return Collected(self.minibatches(step, experience), metrics, tokens)
 
@@ -98,7 +99,6 @@ class OnlineCollector:
         responses = rollout.response_mask.shape[1]
         start = rollout.ids.shape[1] - responses
         old, ref, values = [], [], []
-        engines = [self.actor, *([self.critic] if self.critic else [])]
         micro_batches = list(rollout.split(self.recipe.train.micro_batch))
         with self.actor.evaluating():
             for micro in micro_batches:
@@ -111,7 +111,6 @@ class OnlineCollector:
                 for micro in micro_batches:
                     inputs = micro.to(self.critic.device)
                     values.append(self.critic(inputs.ids, inputs.attention, start=start).cpu())
-        assert len(engines) == 1 or values
         is_scored = ~scores.isnan()
         return Scored(
             rollout.ids,
@@ -171,7 +170,9 @@ class OnlineCollector:
             "rollout/advantage_abs": masked_sum(experience.advantages.abs(), mask) / tokens,
         }
         if experience.old_values is not None and experience.returns is not None:
-            metrics["value/explained_variance"] = explained_variance(experience.old_values, experience.returns, mask)
+            metrics["value/explained_variance"] = explained_variance(
+                *value_moments(experience.old_values, experience.returns, mask)
+            )
             metrics["value/mean"] = masked_sum(experience.old_values, mask) / tokens
             metrics["value/return_mean"] = masked_sum(experience.returns, mask) / tokens
         if self.recipe.train.answers > 1:
@@ -218,6 +219,8 @@ def join_rollouts(parts: list[Rollout], pad_id: int) -> Rollout:
                 part.rows,
             )
         )
-    tensors = [torch.cat([getattr(part, name) for part in widened]) for name in (
-        "ids", "attention", "response_mask", "sample_logprobs", "finished")]
+    tensors = [
+        torch.cat([getattr(part, name) for part in widened])
+        for name in ("ids", "attention", "response_mask", "sample_logprobs", "finished")
+    ]
     return Rollout(*tensors, [t for part in widened for t in part.texts], [r for part in widened for r in part.rows])

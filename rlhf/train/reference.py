@@ -11,11 +11,16 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
+from transformers import PreTrainedTokenizerFast
 
 from rlhf.batch import Pairs
+from rlhf.data import chat
+from rlhf.data.examples import PairExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
+from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.run.commit import write_atomic
+from rlhf.train.job import Job
 from rlhf.train.objectives import answer_logprobs, join, trim
 from rlhf.train.supervised import Dataset, even_batches
 
@@ -57,12 +62,24 @@ def pair_logprobs(reference: Reference, data: Dataset, micro_batch: int) -> tupl
     return total[0], total[1]
 
 
-def cached_pair_logprobs(
-    folder: Path, key: list[str], lengths: list[int], compute: Any
-) -> tuple[Tensor, Tensor]:
+def reference_key(job: Job, tokenizer: PreTrainedTokenizerFast, examples: list[PairExample]) -> list[str]:
+    """Hashes of everything that the reference's log-probs depend on: its weights, its type, and every token."""
+    recipe = job.recipe
+    assert isinstance(recipe, PreferenceRecipe)
+    named = "reference" if recipe.reference.from_ or recipe.reference.path else "model"
+    ref = recipe.reference if named == "reference" else recipe.model
+    weights = job.parents[named].content_hash if named in job.parents else f"{ref.path}@{ref.revision}"
+    digest = hashlib.sha256()
+    for example in examples:
+        for part in (example.prompt_ids, example.chosen_ids, example.rejected_ids):
+            digest.update(len(part).to_bytes(4, "big") + part.tobytes())
+    return [weights, recipe.model.dtype, chat.tokenizer_hash(tokenizer), digest.hexdigest()]
+
+
+def cached_pair_logprobs(folder: Path, key: list[str], lengths: list[int], compute: Any) -> tuple[Tensor, Tensor]:
     """`compute()` once per content: the file's name is a hash of everything that the numbers depend on.
 
-    key: hashes of model, tokenizer, template, rows and dtype. lengths: tokens of each row, part of the check on reading.
+    key: hashes of model, tokenizer, template, rows and dtype. lengths: tokens of each row, for the check on reading.
     """
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
     path = folder / f"reference-{name}.safetensors"

@@ -54,7 +54,7 @@ def balanced_share(rows: list[int], lengths: list[int]) -> list[int]:
 
 
 def even_batches(size: int, micro_batch: int) -> list[tuple[list[int], bool]]:
-    """This rank's micro-batches of range(size), equally many on every rank; False marks a stand-in for a missing one."""
+    """This rank's micro-batches of range(size), equally many on every rank; False marks a mere stand-in."""
     mine = list(range(size))[dist.rank() :: dist.world_size()]
     calls = math.ceil(math.ceil(size / dist.world_size()) / micro_batch)
     batches = [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(calls)]

@@ -1,0 +1,163 @@
+"""The `rlhf` command. Options are declared once for all stages; everything heavy is imported inside commands."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rlhf.errors import RecipeError, UserError
+
+app = typer.Typer(
+    help="RLHF as a pipeline of commands: SFT, reward model, then PPO, GRPO or DPO.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeArgument = Annotated[Path, typer.Argument(help="the stage's YAML recipe", show_default=False)]
+RunOption = Annotated[Path, typer.Option("--run", help="run directory; stages find each other in it")]
+RunArgument = Annotated[Path, typer.Argument(help="run directory", show_default=False)]
+NameOption = Annotated[str | None, typer.Option("--name", help="name of the stage folder; default: the stage")]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="KEY=VALUE", help="override a recipe key; repeatable")]
+DryRunOption = Annotated[bool, typer.Option("--dry-run", help="print the resolved recipe and the batch arithmetic")]
+GpusOption = Annotated[int | None, typer.Option("--gpus", min=1, help="devices per node; ranks on a CPU")]
+NodesOption = Annotated[int | None, typer.Option("--num-nodes", min=1, help="nodes of the host file to use")]
+HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed host file: lines `host slots=n`")]
+RestartOption = Annotated[bool, typer.Option("--restart", help="begin again; the old folder is kept as NAME.old-n")]
+CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", help="reward file that may run")]
+JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+STAGES = {
+    "sft": "Supervised fine-tuning on completions.",
+    "rm": "Reward model on preference pairs.",
+    "ppo": "PPO with a critic against a reward.",
+    "grpo": "GRPO: groups of answers instead of a critic.",
+    "dpo": "DPO and its family on preference pairs.",
+}
+
+
+def stage_function(stage: str) -> Callable[..., None]:
+    """The command of one stage; all have these options."""
+
+    def command(
+        recipe: RecipeArgument,
+        run: RunOption,
+        name: NameOption = None,
+        set_: SetOption = [],  # noqa: B006  typer copies it
+        dry_run: DryRunOption = False,
+        gpus: GpusOption = None,
+        num_nodes: NodesOption = None,
+        hostfile: HostfileOption = None,
+        restart: RestartOption = False,
+        allow_code: CodeOption = [],  # noqa: B006
+    ) -> None:
+        from rlhf.cli.stages import StageCommand, run_stage
+
+        run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, gpus, num_nodes, hostfile, restart, allow_code))
+
+    return command
+
+
+for _stage, _help in STAGES.items():
+    app.command(_stage, help=_help)(stage_function(_stage))
+app.command("reward-model", help="The same as rm.", hidden=True)(stage_function("rm"))
+
+
+@app.command("run", help="All stages of a pipeline file in order, skipping what is finished.")
+def run_pipeline(
+    pipeline: Annotated[Path, typer.Argument(help="pipeline YAML", show_default=False)],
+    run: RunOption,
+    set_: SetOption = [],  # noqa: B006
+    dry_run: DryRunOption = False,
+    gpus: GpusOption = None,
+    num_nodes: NodesOption = None,
+    hostfile: HostfileOption = None,
+    allow_code: CodeOption = [],  # noqa: B006
+) -> None:
+    from rlhf.cli.pipeline import PipelineOptions, run_all
+
+    run_all(pipeline, PipelineOptions(run, set_, dry_run, gpus, num_nodes, hostfile, allow_code))
+
+
+@app.command(help="Stages of a run directory: state, step, key metric, parents.")
+def status(run: RunArgument, as_json: JsonOption = False) -> None:
+    from rlhf.cli.inspect import show_status
+
+    show_status(run, as_json=as_json)
+
+
+@app.command(help="The first rows of a recipe's data as tokens: trained, context, dropped.")
+def show(
+    recipe: RecipeArgument,
+    count: Annotated[int, typer.Option("-n", "--count", min=1, help="rows")] = 3,
+    stage: Annotated[str | None, typer.Option("--stage", help="stage of the recipe; default: its file name")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="run directory, for models named `from:`")] = None,
+    set_: SetOption = [],  # noqa: B006
+) -> None:
+    from rlhf.cli.inspect import show_data
+
+    show_data(recipe, stage, run, set_, count)
+
+
+@app.command(help="What a recipe key means: type, default, range.")
+def explain(
+    key: Annotated[str, typer.Argument(help="dotted key, e.g. train.lr", show_default=False)],
+    stage: Annotated[str | None, typer.Option("--stage", help="one stage only")] = None,
+) -> None:
+    from rlhf.recipe.explain import explain as explain_key
+
+    typer.echo(explain_key(key, stage))
+
+
+@app.command(help="JSON Schema of a stage's recipe, for editors.")
+def schema(stage: Annotated[str, typer.Argument(help="sft, rm, ppo, grpo or dpo", show_default=False)]) -> None:
+    from rlhf.recipe.explain import json_schema
+
+    if stage not in STAGES:
+        raise RecipeError(f"expected one of {', '.join(STAGES)}, found {stage!r}", where="rlhf schema")
+    typer.echo(json.dumps(json_schema(stage), indent=2))
+
+
+@app.command(help="Judge a demo run with its gold reward: the closing table.", name="eval")
+def evaluate(run: RunArgument) -> None:
+    from rlhf.eval.demo import evaluate_demo
+
+    if not evaluate_demo(run):
+        sys.exit(1)
+
+
+@app.command(help="One page with everything a run directory knows: report/report.html.")
+def report(run: RunArgument) -> None:
+    from rlhf.report.page import write_report
+
+    typer.echo(write_report(run))
+
+
+def main() -> None:
+    """Run the command; turn a UserError into its message and exit code."""
+    is_later_rank = os.environ.get("RANK", "0") != "0"
+    try:
+        app()
+    except UserError as error:
+        if is_later_rank:
+            time.sleep(2)  # rank 0 usually has the same to say, and the launcher ends this rank then
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(error.exit_code)
+    except KeyboardInterrupt:
+        leave(130)
+
+
+def leave(code: int) -> None:
+    """Exit at once where other ranks may be gone: waiting for their goodbye would hang."""
+    if "RANK" in os.environ:
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)

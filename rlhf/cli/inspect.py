@@ -1,0 +1,68 @@
+"""Looking at things without changing them: `rlhf status`, `rlhf show`."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from rlhf.errors import CheckpointError, RecipeError
+from rlhf.run.rundir import RunDir, StageSummary
+
+out = Console(highlight=False)
+_STYLES = {"finished": "green", "running": "cyan", "failed": "red", "damaged": "red"}
+
+
+def show_status(path: Path, *, as_json: bool) -> None:
+    """Every stage of a run directory."""
+    if not path.is_dir():
+        raise CheckpointError("expected a run directory, found nothing", where=str(path))
+    stages = RunDir(path).describe()
+    if as_json:
+        print(json.dumps([asdict(stage) for stage in stages], indent=2))
+        return
+    table = Table("stage", "command", "state", "step", "key metric", "parents", "time", title=str(path), box=None)
+    for stage in stages:
+        table.add_row(*_row(stage))
+    out.print(table)
+
+
+def _row(stage: StageSummary) -> list[str]:
+    steps = f"{stage.step}/{stage.total_steps}" if stage.total_steps else str(stage.step)
+    name, value = stage.key_metric or ("-", None)
+    parents = ", ".join(f"{p} (changed since)" if p in stage.stale else p for p in stage.parents)
+    style = _STYLES.get(stage.state, "yellow")
+    state = f"[{style}]{stage.state}[/]" + (f" ({stage.reason})" if stage.reason else "")
+    seconds = (stage.ended or time.time()) - stage.started if stage.started else None
+    return [
+        stage.name,
+        stage.stage or "-",
+        state,
+        steps,
+        name if value is None else f"{name} {value:.4g}",
+        parents or "-",
+        "-" if seconds is None else f"{seconds:.0f} s",
+    ]
+
+
+def show_data(path: Path, stage: str | None, run: Path | None, overrides: list[str], count: int) -> None:
+    """Tokens of the first rows, coloured by what is trained."""
+    from rlhf.cli.prepare import DATA_KIND, prepare
+
+    stage = stage or path.stem
+    if stage not in DATA_KIND:
+        raise RecipeError(
+            f"expected a recipe named after its stage, found {path.name}",
+            where=str(path),
+            fix=f"Say which it is: --stage {' | '.join(DATA_KIND)}",
+        )
+    job, _ = prepare(stage, path, RunDir(run or Path("runs/show")), overrides=overrides, allowed_code=[])
+    from rlhf.data.show import show
+    from rlhf.train.tokenizers import find_tokenizer
+
+    for part in show(job.recipe.data, find_tokenizer(job, DATA_KIND[stage]), DATA_KIND[stage], count):
+        out.print(part)

@@ -1,0 +1,69 @@
+"""`rlhf run`: a pipeline file is nothing but stage commands in order."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.cli.stages import StageCommand, err, run_stage
+from rlhf.errors import NumericsError
+from rlhf.recipe.load import PipelineCommand, load_pipeline
+from rlhf.run.commit import read_jsonl
+from rlhf.run.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class PipelineOptions:
+    """What was typed behind the pipeline file; it goes to every stage."""
+
+    run: Path
+    overrides: list[str]
+    dry_run: bool
+    gpus: int | None
+    num_nodes: int | None
+    hostfile: Path | None
+    allow_code: list[Path]
+
+
+def run_all(path: Path, options: PipelineOptions) -> None:
+    """Run the stages in order; each is a job of its own. Stops at the first that fails or does not learn."""
+    for step in load_pipeline(path):
+        words = [f"rlhf {step.stage} {step.recipe} --run {options.run}"]
+        words += [f"--name {step.name}"] if step.name != step.stage else []
+        err.print(f"\n$ {' '.join(words)}", style="bold", markup=False, soft_wrap=True)
+        run_stage(
+            StageCommand(
+                step.stage,
+                step.recipe,
+                options.run,
+                None if step.name == step.stage else step.name,
+                [*step.overrides, *options.overrides],
+                options.dry_run,
+                options.gpus,
+                options.num_nodes,
+                options.hostfile,
+                allow_code=options.allow_code,
+            )
+        )
+        if step.expect is not None and not options.dry_run:
+            check_learning(step, options.run)
+
+
+def check_learning(step: PipelineCommand, run: Path) -> None:
+    """Refuse to go on when the stage's metric did not move as the pipeline file expects."""
+    assert step.expect is not None
+    metric, direction, least = step.expect.metric, step.expect.direction, step.expect.by
+    rows = [row[metric] for row in read_jsonl(RunDir(run).stage(step.name).metrics) if row.get(metric) is not None]
+    tenth = max(1, len(rows) // 10)
+    if not rows:
+        raise NumericsError(f"expected {metric} in metrics.jsonl, found none", where=f"{run}/{step.name}")
+    before, after = sum(rows[:tenth]) / tenth, sum(rows[-tenth:]) / tenth
+    moved = (after - before) * (1 if direction == "rises" else -1)
+    text = f"{metric} went from {before:.4g} to {after:.4g}"
+    if moved < least:
+        raise NumericsError(
+            f"expected {metric} to change by at least {least:g} ({direction}); {text}",
+            where=f"{run}/{step.name}",
+            fix="Look at report/report.html; the usual suspects are the learning rate and too few steps.",
+        )
+    err.print(f"{step.name}: {text}, as expected", markup=False)

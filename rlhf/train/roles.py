@@ -1,0 +1,117 @@
+"""The models of a stage, each under its own engine: actor, critic, reference, reward."""
+
+from __future__ import annotations
+
+import logging
+
+from torch import nn
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.engine.engine import Engine
+from rlhf.models.build import Setup, build_policy, build_scorer, describe, has_score_head
+from rlhf.models.forward import PolicyModule, ScorerModule
+from rlhf.recipe.options import ModelReward
+from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
+from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
+from rlhf.rewards.base import RULES
+from rlhf.rewards.scorer import Part, Scorer, model_part, rule_part
+from rlhf.train.job import Job
+from rlhf.train.objectives import bind
+from rlhf.train.reference import Reference
+
+logger = logging.getLogger("rlhf.roles")
+
+
+def policy_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """The policy that the stage trains."""
+    block = job.recipe.model
+    setup = Setup.to_train(block, job.recipe.train.seed)  # type: ignore[attr-defined]
+    model = build_policy(_source(job), tokenizer, setup, revision=block.revision)
+    return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype, job.recipe.train)  # type: ignore[attr-defined]
+
+
+def reward_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """The reward model that `rlhf rm` trains; the head of an existing reward model is kept."""
+    block, source = job.recipe.model, _source(job)
+    setup = Setup.to_train(block, job.recipe.train.seed)  # type: ignore[attr-defined]
+    keep = isinstance(source, str) and has_score_head(source, block.revision)
+    model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=block.revision)
+    return _engine("reward", ScorerModule(model), job.recipe.zero, block.dtype, job.recipe.train)  # type: ignore[attr-defined]
+
+
+def critic_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """PPO's value model: a reward model with its head, or a policy with a new one; LoRA where the policy has it."""
+    recipe = job.recipe
+    assert isinstance(recipe, PPORecipe)
+    setup = Setup.to_train(recipe.model, recipe.train.seed)
+    source = job.source("critic", recipe.critic)
+    keep = has_score_head(source, recipe.critic.revision)
+    revision = recipe.critic.revision
+    model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=revision)
+    return _engine("critic", ScorerModule(model), recipe.critic.zero, recipe.model.dtype, recipe.critic)
+
+
+def reference(job: Job, tokenizer: PreTrainedTokenizerFast, actor: Engine) -> Reference:
+    """The frozen policy. With LoRA, and where both start from the same weights, it is the actor without its adapter."""
+    recipe = job.recipe
+    assert isinstance(recipe, (PreferenceRecipe, OnlineRecipe))
+    if recipe.model.lora is not None and is_same_start(job):
+        logger.info("reference: the policy's base, with the adapter switched off")
+        return Reference(actor, is_base=True)
+    ref: ModelRef = recipe.reference if recipe.reference.from_ or recipe.reference.path else recipe.model
+    source = job.source("reference" if ref is recipe.reference else "model", ref)
+    setup = Setup.frozen(recipe.model.dtype, recipe.model.attention)
+    model = build_policy(source, tokenizer, setup, revision=ref.revision)
+    return Reference(_engine("reference", PolicyModule(model), recipe.reference.zero, recipe.model.dtype))
+
+
+def is_same_start(job: Job) -> bool:
+    """Whether the reference is the very model that the policy starts from."""
+    recipe = job.recipe
+    assert isinstance(recipe, (PreferenceRecipe, OnlineRecipe))
+    if not (recipe.reference.from_ or recipe.reference.path):
+        return True
+    if "reference" in job.parents and "model" in job.parents:
+        return job.parents["reference"].content_hash == job.parents["model"].content_hash
+    return (recipe.reference.path, recipe.reference.revision) == (recipe.model.path, recipe.model.revision)
+
+
+def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
+    """All rewards of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2."""
+    recipe = job.recipe
+    assert isinstance(recipe, OnlineRecipe)
+    parts: dict[str, Part] = {}
+    weights: dict[str, float] = {}
+    for i, spec in enumerate(recipe.rewards):
+        same = sum(other.kind == spec.kind for other in recipe.rewards[:i])
+        name = f"{spec.kind}_{same + 1}" if same else spec.kind
+        if isinstance(spec, ModelReward):
+            source = job.source(f"rewards.{i}", spec)
+            setup = Setup.frozen(spec.dtype, recipe.model.attention)
+            model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
+            engine = _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
+            parts[name] = model_part(engine, recipe.train.micro_batch, engine.device)  # type: ignore[attr-defined]
+        else:
+            parts[name] = rule_part(bind(RULES, spec))
+        weights[name] = spec.weight
+    return Scorer(parts, weights)
+
+
+def _source(job: Job) -> str | InitBlock:
+    block = job.recipe.model
+    return block.init if block.init is not None else job.source("model", block)
+
+
+def _engine(role: str, module: nn.Module, zero: ZeroBlock, dtype: str, optim: OptimBlock | None = None) -> Engine:
+    facts = describe(module.model)  # type: ignore[arg-type]
+    trained = f"{facts['trained']:,} trained" if optim else "frozen"
+    logger.info(
+        "%s: %s, %s parameters (%s), %s, ZeRO-%d",
+        role,
+        facts["architecture"],
+        f"{facts['parameters']:,}",
+        trained,
+        dtype,
+        zero.stage,
+    )
+    return Engine(module, zero, bf16=dtype == "bf16", optim=optim)

@@ -1,0 +1,48 @@
+"""Sample generations for the same few prompts, at a steady interval: what the model says, not only what it scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from rlhf.data.examples import PromptExample
+from rlhf.engine import dist
+from rlhf.engine.engine import Engine
+from rlhf.recipe.schema import LogBlock, SamplingBlock
+from rlhf.rewards.scorer import Scorer
+from rlhf.run.commit import append_jsonl
+from rlhf.run.stage import StageDir
+from rlhf.train.online import Sampler, generate
+from rlhf.train.progress import Progress
+from rlhf.train.seeding import derive
+
+
+@dataclass(frozen=True)
+class SampleWriter:
+    """Generates, writes samples.jsonl and shows them. All ranks generate the same: sharded models stay in step."""
+
+    engine: Engine
+    prompts: list[PromptExample]
+    sampling: SamplingBlock
+    sampler: Sampler
+    scorer: Scorer | None
+    seed: int
+    log: LogBlock
+    folder: StageDir
+    progress: Progress
+
+    def __call__(self, step: int) -> None:
+        """Sample once per prompt; the seeds do not depend on the step, so that only the model changes between rows."""
+        if not self.prompts:
+            return
+        seeds = [derive(self.seed, "show", place) for place in range(len(self.prompts))]
+        with self.engine.gathered() as policy:
+            rollout = generate(policy, self.prompts, seeds, self.sampling, self.sampler)
+        scores = self.scorer(rollout)[0].tolist() if self.scorer else [None] * len(seeds)
+        if not dist.is_main():
+            return
+        for example, answer, score in zip(self.prompts, rollout.texts, scores, strict=True):
+            prompt = str(example.fields["prompt"])
+            row = {"step": step, "row": example.row, "prompt": prompt, "answer": answer}
+            append_jsonl(self.folder.samples, row if score is None else {**row, "score": score})
+            if self.log.show_samples:
+                self.progress.show_sample(prompt, answer, score)

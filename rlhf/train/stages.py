@@ -1,0 +1,313 @@
+"""The table of stages: for each, how a batch is collected, which objectives are minimised, and what is published."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.data import chat, collate
+from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
+from rlhf.engine.engine import Engine
+from rlhf.models.tokenizer import decoder
+from rlhf.recipe.schema import SamplingBlock
+from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
+from rlhf.rewards.scorer import Scorer
+from rlhf.train import roles
+from rlhf.train.advantages import grpo_experience, ppo_experience
+from rlhf.train.guards import check_same_weights
+from rlhf.train.job import Job
+from rlhf.train.loop import Collector, Stage
+from rlhf.train.objectives import (
+    Objective,
+    PolicyObjective,
+    PreferenceObjective,
+    RewardObjective,
+    SFTObjective,
+    ValueObjective,
+)
+from rlhf.train.online import OnlineCollector, Sampler
+from rlhf.train.progress import Progress
+from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
+from rlhf.train.samples import SampleWriter
+from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate, training_steps
+
+DATA_KIND = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
+
+
+@dataclass
+class Parts:
+    """A stage put together: what the loop, the checkpoints and the publication need."""
+
+    engines: dict[str, Engine]
+    objectives: list[Objective]
+    collector: Collector
+    steps: int
+    key_metric: str
+    published: dict[str, tuple[Engine, str]]
+    updates_per_step: int = 1
+    held_out: Dataset | None = None
+    prompts: list[PromptExample] = field(default_factory=list)
+    sampling: SamplingBlock | None = None
+    scorer: Scorer | None = None
+    stop_ids: list[int] = field(default_factory=list)
+
+
+def assemble(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
+    """Build the stage's models and everything that is fed to them."""
+    parts = ASSEMBLE[job.stage](job, tokenizer, data)
+    parts.stop_ids = chat.stop_token_ids(tokenizer, _generation_config(next(iter(parts.engines.values()))))
+    return parts
+
+
+def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
+    """Completion-only fine-tuning."""
+    recipe = job.recipe
+    assert isinstance(recipe, SFTRecipe)
+    engine = roles.policy_engine(job, tokenizer)
+    train, held_out = (token_dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
+    return Parts(
+        engines={"policy": engine},
+        objectives=[SFTObjective(engine, recipe.train)],
+        collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, lambda step, metrics: None),
+        steps=_steps(recipe, train),
+        key_metric="eval/loss" if len(held_out) else "train/loss",
+        published={"model": (engine, "policy")},
+        held_out=held_out,
+        prompts=_shown(recipe, data, lambda example: prompt_of(example, tokenizer)),
+        sampling=recipe.sampling,
+    )
+
+
+def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
+    """Reward model on pairs."""
+    recipe = job.recipe
+    assert isinstance(recipe, RewardRecipe)
+    engine = roles.reward_engine(job, tokenizer)
+    train, held_out = (pair_dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
+    return Parts(
+        engines={"reward": engine},
+        objectives=[RewardObjective.from_block(engine, recipe.train, recipe.loss)],
+        collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, lambda step, metrics: None),
+        steps=_steps(recipe, train),
+        key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
+        published={"model": (engine, "reward")},
+        held_out=held_out,
+    )
+
+
+def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
+    """A preference loss; the reference speaks once, before training, and is gone."""
+    recipe = job.recipe
+    assert isinstance(recipe, PreferenceRecipe)
+    engine = roles.policy_engine(job, tokenizer)
+    both = pair_dataset([*data.train, *data.eval], tokenizer.pad_token_id)
+
+    def compute() -> Any:
+        return pair_logprobs(roles.reference(job, tokenizer, engine), both, recipe.train.micro_batch)
+
+    key = reference_key(job, tokenizer, [*data.train, *data.eval])
+    chosen, rejected = cached_pair_logprobs(job.folder.run.root / "cache", key, both.lengths, compute)
+    split = len(data.train)
+    train = with_reference(pair_dataset(data.train, tokenizer.pad_token_id), chosen[:split], rejected[:split])
+    held_out = with_reference(pair_dataset(data.eval, tokenizer.pad_token_id), chosen[split:], rejected[split:])
+
+    def check(step: int, metrics: dict[str, float]) -> None:
+        if step == 0 and roles.is_same_start(job):
+            check_same_weights(metrics["reference_gap"], recipe.model.dtype, "policy and reference at the start")
+
+    return Parts(
+        engines={"policy": engine},
+        objectives=[PreferenceObjective.from_block(engine, recipe.train, recipe.loss)],
+        collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, check),
+        steps=_steps(recipe, train),
+        key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
+        published={"model": (engine, "policy")},
+        held_out=held_out,
+        prompts=_shown(recipe, data, lambda example: prompt_of(example, tokenizer)),
+        sampling=recipe.sampling,
+    )
+
+
+def ppo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
+    """Actor and critic; KL in the reward."""
+    recipe = job.recipe
+    assert isinstance(recipe, PPORecipe)
+    actor, critic = roles.policy_engine(job, tokenizer), roles.critic_engine(job, tokenizer)
+    policy = PolicyObjective.from_blocks(
+        actor, recipe.train, recipe.policy_loss, aggregation="token_mean", sampling=recipe.sampling, kl=None
+    )
+    value = ValueObjective.from_block(critic, recipe.critic, recipe.value_loss)
+    parts = _online(job, tokenizer, data, actor, critic, [policy, value], ppo_experience)
+    parts.published["critic"] = (critic, "value")
+    return parts
+
+
+def grpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
+    """No critic: groups of answers are their own baseline; KL in the loss."""
+    recipe = job.recipe
+    assert isinstance(recipe, GRPORecipe)
+    actor = roles.policy_engine(job, tokenizer)
+    policy = PolicyObjective.from_blocks(
+        actor,
+        recipe.train,
+        recipe.policy_loss,
+        aggregation=recipe.aggregation,
+        sampling=recipe.sampling,
+        kl=recipe.kl,
+    )
+    return _online(job, tokenizer, data, actor, None, [policy], grpo_experience)
+
+
+ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
+    "sft": sft,
+    "rm": rm,
+    "ppo": ppo,
+    "grpo": grpo,
+    "dpo": dpo,
+}
+
+
+def _online(
+    job: Job,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Loaded,
+    actor: Engine,
+    critic: Engine | None,
+    objectives: list[Objective],
+    to_experience: Callable[..., Any],
+) -> Parts:
+    recipe = job.recipe
+    assert isinstance(recipe, (PPORecipe, GRPORecipe))
+    scorer = roles.scorer(job, tokenizer)
+    collector = OnlineCollector(
+        recipe,
+        data.train,
+        sampler(actor, tokenizer, recipe.sampling),
+        actor,
+        roles.reference(job, tokenizer, actor),
+        scorer,
+        critic,
+        to_experience,
+        roles.is_same_start(job),
+    )
+    return Parts(
+        engines={"policy": actor, **({"critic": critic} if critic else {})},
+        objectives=objectives,
+        collector=collector,
+        steps=recipe.train.rollouts,
+        updates_per_step=recipe.train.inner_epochs * recipe.train.minibatches,
+        key_metric="reward/score_mean",
+        published={"model": (actor, "policy")},
+        prompts=_shown(recipe, data, lambda example: example),
+        sampling=recipe.sampling,
+        scorer=scorer,
+    )
+
+
+def to_stage(
+    job: Job,
+    parts: Parts,
+    tokenizer: PreTrainedTokenizerFast,
+    progress: Progress,
+    save: Callable[[int], None],
+    report: Callable[[int, str, float | None], None],
+) -> Stage:
+    """The stage as the loop sees it."""
+    recipe = job.recipe
+    every = 0 if isinstance(recipe, OnlineRecipe) else recipe.eval.every  # type: ignore[attr-defined]
+    held_out = parts.held_out
+
+    def is_eval_step(done: int) -> bool:
+        due = done == parts.steps or bool(every and done % every == 0)
+        return due and held_out is not None and len(held_out) > 0
+
+    def evaluate_now(done: int) -> dict[str, float]:
+        assert held_out is not None
+        return evaluate(parts.objectives[0], held_out, recipe.train.micro_batch)  # type: ignore[attr-defined]
+
+    def is_sample_step(done: int) -> bool:
+        return done == parts.steps or bool(recipe.log.samples_every and done % recipe.log.samples_every == 0)
+
+    return Stage(
+        steps=parts.steps,
+        updates_per_step=parts.updates_per_step,
+        micro_batch=recipe.train.micro_batch,  # type: ignore[attr-defined]
+        collector=parts.collector,
+        objectives=parts.objectives,
+        key_metric=parts.key_metric,
+        log_every=recipe.log.every,
+        checkpoint_every=recipe.checkpoint.every,
+        evaluate=evaluate_now,
+        is_eval_step=is_eval_step,
+        sample=_sample_writer(job, parts, tokenizer, progress),
+        is_sample_step=is_sample_step,
+        checkpoint=save,
+        report=report,
+    )
+
+
+def _sample_writer(
+    job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, progress: Progress
+) -> Callable[[int], None]:
+    if parts.sampling is None or not parts.prompts:
+        return lambda step: None
+    engine = parts.engines["policy"]
+    return SampleWriter(
+        engine,
+        parts.prompts,
+        parts.sampling,
+        sampler(engine, tokenizer, parts.sampling),
+        parts.scorer,
+        job.recipe.train.seed,  # type: ignore[attr-defined]
+        job.recipe.log,
+        job.folder,
+        progress,
+    )
+
+
+# --- small pieces ---------------------------------------------------------------------------------------------------
+
+
+def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock) -> Sampler:
+    """How answers end and how they are read: every end token that model, tokenizer, template or recipe names."""
+    stop_ids = chat.stop_token_ids(tokenizer, _generation_config(engine), extra=sampling.stop)
+    return Sampler(stop_ids, tokenizer.pad_token_id, decoder(tokenizer))
+
+
+def _generation_config(engine: Engine) -> Any:
+    core = engine.module.core
+    return core.generation_config if core.can_generate() else None
+
+
+def token_dataset(examples: list[TokenExample], pad_id: int) -> Dataset:
+    """Rows for SFT."""
+    return Dataset([len(e.ids) for e in examples], lambda rows: collate.tokens([examples[i] for i in rows], pad_id))
+
+
+def pair_dataset(examples: list[PairExample], pad_id: int) -> Dataset:
+    """Rows for pairwise losses; a pair costs both of its sides."""
+    lengths = [2 * len(e.prompt_ids) + len(e.chosen_ids) + len(e.rejected_ids) for e in examples]
+    return Dataset(lengths, lambda rows: collate.pairs([examples[i] for i in rows], pad_id))
+
+
+def prompt_of(example: TokenExample | PairExample, tokenizer: PreTrainedTokenizerFast) -> PromptExample:
+    """What stands before the first supervised token, to sample from."""
+    ids = example.prompt_ids if isinstance(example, PairExample) else example.ids[: int(example.mask.argmax())]
+    return PromptExample(ids, example.row, {"prompt": decoder(tokenizer)(ids.tolist())})
+
+
+def _shown(recipe: Recipe, data: Loaded, convert: Callable[[Any], PromptExample]) -> list[PromptExample]:
+    examples = [convert(example) for example in (data.eval or data.train)[: recipe.log.samples]]
+    return [example for example in examples if len(example.ids)]
+
+
+def _steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:
+    return training_steps(len(train), recipe.train.batch_size, recipe.train.epochs, recipe.train.steps)
+
+
+def new_tokens(recipe: Recipe) -> int:
+    """Tokens that must fit behind a prompt."""
+    return recipe.sampling.max_new_tokens if isinstance(recipe, OnlineRecipe) else 0

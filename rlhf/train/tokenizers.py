@@ -1,0 +1,46 @@
+"""The tokenizer of a stage: the model's own, or one trained on the stage's data for a model made from scratch."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.data import chat
+from rlhf.data.examples import raw_texts
+from rlhf.engine import dist
+from rlhf.models.load import read_config
+from rlhf.models.tokenizer import ensure_pad, load_tokenizer, train_tokenizer
+from rlhf.train.job import Job
+
+logger = logging.getLogger("rlhf.tokenizer")
+
+
+def stage_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:
+    """The tokenizer on every rank. A trained one is kept in the stage folder, so that a resumed stage has it again."""
+    if job.recipe.model.init is None:
+        return find_tokenizer(job, kind)
+    home = job.folder.path / "tokenizer"
+    if dist.is_main() and not home.exists():
+        find_tokenizer(job, kind).save_pretrained(home)
+    dist.barrier()
+    return load_tokenizer(str(home), None)
+
+
+def find_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:
+    """Load or train it, with a chat template and a padding token that ends nothing. Nothing is written."""
+    block = job.recipe.model
+    config = None
+    if block.init is not None:
+        tokenizer = train_tokenizer(raw_texts(job.recipe.data, kind), block.init.vocab, None)
+    else:
+        source = job.source("model", block)
+        tokenizer = load_tokenizer(source, block.revision)
+        config = read_config(source, block.revision)
+    template = block.chat_template or (None if tokenizer.chat_template else "plain")
+    if template is not None:
+        chat.set_template(tokenizer, template)
+        logger.info("chat template: %s", template)
+    ensure_pad(tokenizer, config)
+    return tokenizer

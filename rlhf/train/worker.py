@@ -1,0 +1,186 @@
+"""One stage from start to published result, on every rank: `run(job)`."""
+
+from __future__ import annotations
+
+import logging
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.logging import RichHandler
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging as hf_logging
+
+from rlhf import launch
+from rlhf.data import chat
+from rlhf.data.examples import load_examples
+from rlhf.engine import dist
+from rlhf.errors import StoppedError
+from rlhf.models.export import save_policy, save_scorer
+from rlhf.run.stage import Opened
+from rlhf.train import stages
+from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
+from rlhf.train.job import Job
+from rlhf.train.loop import fit
+from rlhf.train.metrics import MetricsLog
+from rlhf.train.progress import Progress
+from rlhf.train.seeding import seed_everything
+from rlhf.train.signals import StopRequest
+from rlhf.train.tokenizers import stage_tokenizer
+
+logger = logging.getLogger("rlhf.stage")
+
+
+def run(job: Job) -> bool:
+    """Run, resume or recognise as finished. Returns True where there was nothing to do. Raises UserError."""
+    if launch.is_worker():
+        launch.die_with_parent()
+    stop = StopRequest().listen()
+    dist.start()
+    console = Console(stderr=True)
+    with opened(job) as (mode, checkpoint), logging_to(job, console):
+        if mode == "finished":
+            logger.info("%s was finished before with the same inputs", job.folder.path)
+            dist.finish()
+            return True
+        train(job, checkpoint, stop, console)
+    dist.finish()
+    return False
+
+
+def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console) -> None:
+    """Data, models, loop, publication."""
+    recipe, folder = job.recipe, job.folder
+    seed = recipe.train.seed  # type: ignore[attr-defined]
+    seed_everything(seed)
+    tokenizer = stage_tokenizer(job, stages.DATA_KIND[job.stage])
+    data = load_examples(
+        recipe.data, tokenizer, stages.DATA_KIND[job.stage], seed, max_new_tokens=stages.new_tokens(recipe)
+    )
+    for line in data.report.lines():
+        logger.info(line)
+    if dist.is_main():
+        folder.write_recipe(job.recipe_text, job.resolved_text)
+        folder.write_provenance(
+            devices=devices(), seed=seed, parents=list(job.parents.values()), data=data.report.as_dict()
+        )
+    parts = stages.assemble(job, tokenizer, data)
+    first_step = load_checkpoint(checkpoint, parts.engines) if checkpoint else 0
+    if dist.is_main():
+        folder.cut_logs(first_step)
+    with Progress(f"{job.stage} {folder.name}", parts.steps, first_step, console) as progress:
+        stage = stages.to_stage(
+            job,
+            parts,
+            tokenizer,
+            progress,
+            save=lambda done: save_checkpoint(folder, parts.engines, done, recipe.checkpoint.keep),
+            report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
+        )
+        log = MetricsLog(folder.metrics, recipe.log, f"{folder.run.root.name}/{folder.name}")
+        metrics = fit(stage, first_step, log, progress, stop)
+    publish(job, parts, tokenizer)
+    key = metrics.get(parts.key_metric)
+    logger.info("%s: %s %s", folder.path, parts.key_metric, "-" if key is None else f"{key:.4g}")
+
+
+def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -> None:
+    """Keep status.json up to date."""
+    if dist.is_main():
+        job.folder.write_status(step=done, total_steps=steps, key_metric={"name": name, "value": value})
+
+
+def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Write the trained models as Hugging Face folders; the manifest comes last."""
+    for part, (engine, kind) in parts.published.items():
+        state = engine.state_dict()
+        if state is not None:
+            target = job.folder.export_dir(part)
+            (save_policy if kind == "policy" else save_scorer)(engine.module, tokenizer, target, state)
+        dist.barrier()
+    if dist.is_main():
+        engine, kind = parts.published["model"]
+        facts = {
+            "base": base_model(job),
+            "tokenizer_hash": chat.tokenizer_hash(tokenizer),
+            "template_hash": chat.template_hash(tokenizer),
+            "stop_ids": sorted(parts.stop_ids),
+            "pad_id": tokenizer.pad_token_id,
+            "head": None if kind == "policy" else "score",
+            "dtype": job.recipe.model.dtype,
+            "lora": job.recipe.model.lora is not None,
+        }
+        job.folder.publish(kind, facts, parts.steps)
+    dist.barrier()
+
+
+def base_model(job: Job) -> str:
+    """What the trained model was before: a stage, a folder or hub id, or nothing."""
+    return "init" if job.recipe.model.init else job.recipe.model.from_ or str(job.recipe.model.path)
+
+
+def devices() -> list[str]:
+    """Names of the devices of this node."""
+    if torch.cuda.is_available():
+        return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return [f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"]
+
+
+# --- the stage folder and the log -------------------------------------------------------------------------------------
+
+
+@contextmanager
+def opened(job: Job) -> Iterator[tuple[str, Path | None]]:
+    """The stage folder, held by rank 0; a refusal reaches every rank."""
+    held: Opened | None = None
+    answer: tuple[str, Path | None] | Exception | None = None
+    if dist.is_main():
+        try:
+            held = job.folder.open(job.inputs, restart=job.restart, launcher=job.launcher)
+            answer = (held.mode, held.checkpoint)
+        except Exception as error:  # noqa: BLE001  the other ranks must hear of it, whatever it is
+            answer = error
+    answer = dist.from_main(answer)
+    if isinstance(answer, Exception):
+        raise answer
+    if held is None:
+        yield answer
+    else:
+        with held:
+            yield answer
+
+
+@contextmanager
+def logging_to(job: Job, console: Console) -> Iterator[None]:
+    """The stage's log: log.txt and the console on rank 0, warnings of other ranks on the console."""
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    root = logging.getLogger("rlhf")
+    screen = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    screen.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
+    handlers: list[logging.Handler] = [screen, *([job.folder.log_handler()] if dist.is_main() else [])]
+    before = root.level
+    root.setLevel(logging.INFO)
+    for handler in handlers:
+        root.addHandler(handler)
+    started = time.monotonic()
+    try:
+        yield
+        logger.info("%.1f s in this process", time.monotonic() - started)
+    except StoppedError as error:
+        logger.info(str(error.what))
+        raise
+    except Exception:
+        for handler in handlers[1:]:  # the traceback is for the file; the user sees the message
+            handler.handle(root.makeRecord(root.name, logging.ERROR, __file__, 0, "failed", (), sys.exc_info()))
+        raise
+    finally:
+        root.setLevel(before)
+        for handler in handlers:
+            root.removeHandler(handler)
+            handler.close()
