@@ -37,9 +37,13 @@ def gae(rewards: Tensor, values: Tensor, mask: Tensor, *, gamma: float, lam: flo
 def grpo(scores: Tensor, *, eps: float) -> Tensor:
     """(score - mean) / (std + eps) inside each group of answers to one prompt: (N, G) -> (N, G).
 
-    std with Bessel's correction, as in TRL and verl. A group of equal scores gets exactly 0: sums are taken in float64,
-    else the rounding of the mean, divided by eps, would be a signal.
+    std with Bessel's correction, as in TRL and verl. NaN marks an unscored answer: it gets 0 and its group's statistics
+    leave it out. A group of equal scores (or with a single one) gets exactly 0: sums are taken in float64, else the
+    rounding of the mean, divided by eps, would be a signal.
     """
-    wide = scores.double()
-    centred = wide - wide.mean(-1, keepdim=True)
-    return (centred / (wide.std(-1, keepdim=True) + eps)).to(at_least_float32(scores).dtype)
+    scored = ~scores.isnan()
+    count = scored.sum(-1, keepdim=True)  # (N, 1)
+    wide = select(scores.double(), scored)
+    centred = select(wide - wide.sum(-1, keepdim=True) / count.clamp(min=1), scored)
+    std = ((centred**2).sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return (centred / (std + eps)).to(at_least_float32(scores).dtype)

@@ -1,0 +1,188 @@
+"""Token log-probs and entropy against log-softmax written out, truncation against a loop over sorted tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlhf.algo.logprobs import entropy, scale_logits, sequence_logprobs, token_logprobs, truncate_logits
+
+OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
+OPTIONS = [
+    OFF,
+    {"temperature": 0.7, "top_k": 0, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 3, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 0, "top_p": 0.6},
+    {"temperature": 1.3, "top_k": 4, "top_p": 0.7},
+    {"temperature": 1.0, "top_k": 1, "top_p": 1.0},
+    {"temperature": 1.0, "top_k": 0, "top_p": 1e-6},
+]
+
+
+def kept_by_hand(logits: list[float], top_k: int, top_p: float) -> set[int]:
+    """Token ids of the truncated set, by walking down from the most likely one. For logits without ties."""
+    order = sorted(range(len(logits)), key=lambda token: -logits[token])
+    order = order[:top_k] if top_k else order
+    total = sum(math.exp(logits[token]) for token in order)
+    kept: set[int] = set()
+    mass = 0.0
+    for token in order:
+        if mass >= top_p:
+            break
+        kept.add(token)
+        mass += math.exp(logits[token]) / total
+    return kept
+
+
+def by_hand(logits: Tensor, target: int, temperature: float, top_k: int, top_p: float) -> float:
+    scaled = (logits / temperature).tolist()
+    kept = kept_by_hand(scaled, top_k, top_p) | {target}
+    return scaled[target] - math.log(sum(math.exp(scaled[token]) for token in kept))
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_token_logprobs_match_a_loop(options: dict[str, float]) -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 6, 9, dtype=torch.float64) * 2
+    targets = torch.randint(0, 9, (2, 6))
+    found = token_logprobs(logits, targets, **options)
+    for b in range(2):
+        for t in range(6):
+            expected = by_hand(logits[b, t], int(targets[b, t]), **options)
+            assert abs(float(found[b, t]) - expected) < 1e-12
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_gradients_match_finite_differences(options: dict[str, float]) -> None:
+    torch.manual_seed(1)
+    logits = (torch.randn(3, 7, dtype=torch.float64) * 2).requires_grad_()
+    targets = torch.tensor([0, 3, 6])
+    assert torch.autograd.gradcheck(lambda z: token_logprobs(z, targets, **options), (logits,), atol=1e-7)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_value_and_gradient_are_autograds_through_truncate_logits(options: dict[str, float]) -> None:
+    torch.manual_seed(2)
+    logits = torch.randn(4, 5, 11, dtype=torch.float64).requires_grad_()
+    targets = torch.randint(0, 11, (4, 5))
+    scaled = scale_logits(logits, temperature=options["temperature"])
+    cut = truncate_logits(scaled, top_k=options["top_k"], top_p=options["top_p"], keep=targets)
+    plain = cut.log_softmax(-1).gather(-1, targets[..., None]).squeeze(-1)
+    ours = token_logprobs(logits, targets, **options)
+    torch.testing.assert_close(ours, plain, atol=1e-12, rtol=0)
+    weight = torch.randn_like(ours)
+    grads = [torch.autograd.grad((value * weight).sum(), logits)[0] for value in (ours, plain)]
+    torch.testing.assert_close(grads[0], grads[1], atol=1e-12, rtol=0)
+
+
+def test_no_options_is_log_softmax_and_inputs_are_left_alone() -> None:
+    torch.manual_seed(3)
+    logits, targets = torch.randn(3, 8), torch.tensor([1, 7, 0])
+    before = logits.clone()
+    expected = logits.log_softmax(-1)[torch.arange(3), targets]
+    torch.testing.assert_close(token_logprobs(logits, targets, **OFF), expected, atol=1e-6, rtol=0)
+    token_logprobs(logits, targets, temperature=0.5, top_k=2, top_p=0.5)
+    assert torch.equal(logits, before)
+
+
+def test_bfloat16_logits_are_computed_in_float32_and_get_a_bfloat16_gradient() -> None:
+    torch.manual_seed(4)
+    logits = torch.randn(2, 50).bfloat16().requires_grad_()
+    targets = torch.tensor([3, 4])
+    for options in OPTIONS:
+        found = token_logprobs(logits, targets, **options)
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, token_logprobs(logits.float(), targets, **options), atol=0, rtol=0)
+        (grad,) = torch.autograd.grad(found.sum(), logits)
+        assert grad.dtype == torch.bfloat16
+    assert entropy(logits).dtype == torch.float32
+
+
+def test_truncation_keeps_what_a_walk_down_the_probabilities_keeps() -> None:
+    torch.manual_seed(5)
+    logits = torch.randn(300, 12, dtype=torch.float64) * 2
+    for top_k, top_p in [(0, 0.3), (0, 0.9), (5, 1.0), (5, 0.8), (12, 0.5), (20, 1.0), (1, 0.01)]:
+        found = truncate_logits(logits, top_k=top_k, top_p=top_p)
+        for row, cut in zip(logits.tolist(), found, strict=True):
+            assert set(cut.isfinite().nonzero().flatten().tolist()) == kept_by_hand(row, top_k, top_p)
+
+
+def test_truncation_by_hand() -> None:
+    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
+    assert truncate_logits(logits, top_k=0, top_p=0.79).isfinite().tolist() == [True, True, False, False]
+    assert truncate_logits(logits, top_k=0, top_p=0.81).isfinite().tolist() == [True, True, True, False]
+    # in the three most likely ones the first two have 0.8 / 0.95 = 0.84
+    assert truncate_logits(logits, top_k=3, top_p=0.83).isfinite().tolist() == [True, True, False, False]
+    assert truncate_logits(logits, top_k=3, top_p=0.85).isfinite().tolist() == [True, True, True, False]
+    kept = truncate_logits(logits, top_k=1, top_p=1.0, keep=torch.tensor(3))
+    assert kept.isfinite().tolist() == [True, False, False, True]
+    assert truncate_logits(logits, top_k=0, top_p=1.0) is logits
+
+
+def test_ties_with_the_last_kept_token_stay() -> None:
+    logits = torch.tensor([[2.0, 1.0, 1.0, 0.0], [1.0, 2.0, 0.0, 1.0]])
+    for options in ({"top_k": 2, "top_p": 1.0}, {"top_k": 0, "top_p": 0.6}, {"top_k": 2, "top_p": 0.99}):
+        assert truncate_logits(logits, **options).isfinite().sum(-1).tolist() == [3, 3]
+
+
+def test_a_token_outside_of_the_set_has_a_finite_logprob_and_gradient() -> None:
+    logits = torch.tensor([[9.0, 1.0, 0.0]], requires_grad=True)
+    value = token_logprobs(logits, torch.tensor([2]), temperature=1.0, top_k=1, top_p=1.0)
+    torch.testing.assert_close(value, torch.tensor([-math.log(1 + math.exp(9))]), atol=1e-5, rtol=0)
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert grad.isfinite().all() and grad[0, 1] == 0  # the dropped token is not trained
+
+
+def test_sampled_tokens_keep_their_logprob_exactly() -> None:
+    torch.manual_seed(6)
+    logits = torch.randn(64, 40)
+    for options in OPTIONS:
+        scaled = scale_logits(logits, temperature=options["temperature"])
+        cut = truncate_logits(scaled, top_k=options["top_k"], top_p=options["top_p"])
+        drawn = torch.multinomial(cut.softmax(-1), 1).squeeze(-1)
+        when_sampled = cut.log_softmax(-1).gather(-1, drawn[:, None]).squeeze(-1)
+        torch.testing.assert_close(token_logprobs(logits, drawn, **options), when_sampled, atol=2e-6, rtol=0)
+
+
+def test_extreme_logits_stay_finite() -> None:
+    logits = torch.tensor([[1e4, -1e4, 0.0]], requires_grad=True)
+    value = token_logprobs(logits, torch.tensor([1]), **OFF)
+    assert value == -2e4
+    (grad,) = torch.autograd.grad(value.sum(), logits)
+    assert grad.tolist() == [[-1, 1, 0]]
+    assert entropy(logits) == 0
+
+
+def test_no_grad_and_strided_logits() -> None:
+    torch.manual_seed(7)
+    logits = torch.randn(2, 5, 6, dtype=torch.float64)
+    targets = torch.randint(0, 6, (2, 4))
+    with torch.no_grad():
+        sliced = token_logprobs(logits[:, :-1], targets, **OFF)
+    copied = token_logprobs(logits[:, :-1].contiguous(), targets, **OFF)
+    assert torch.equal(sliced, copied)
+
+
+def test_entropy_by_hand_and_of_a_truncated_distribution() -> None:
+    uniform = torch.zeros(5, dtype=torch.float64)
+    assert abs(float(entropy(uniform)) - math.log(5)) < 1e-12
+    cut = truncate_logits(torch.tensor([1.0, 1.0, 0.0, -3.0], dtype=torch.float64), top_k=2, top_p=1.0)
+    cut.requires_grad_()
+    assert abs(float(entropy(cut.detach())) - math.log(2)) < 1e-12
+    (grad,) = torch.autograd.grad(entropy(cut), cut)
+    assert grad.isfinite().all()
+
+
+def test_entropy_has_the_right_gradient() -> None:
+    torch.manual_seed(8)
+    logits = torch.randn(3, 6, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(entropy, (logits,))
+
+
+def test_sequence_logprobs_sum_the_mask() -> None:
+    logprobs = torch.tensor([[-1.0, -2.0, -torch.inf], [-4.0, -torch.inf, -torch.inf]])
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
+    assert sequence_logprobs(logprobs, mask).tolist() == [-3, -4]
