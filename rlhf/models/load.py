@@ -102,6 +102,12 @@ def load_weights(
             use_safetensors=True,
             output_loading_info=True,
         )
+    if hasattr(model, "peft_config"):
+        raise CheckpointError(
+            "expected a whole model, found an adapter on the hub",
+            where=source,
+            fix="Download it to a local folder and name that: adapters of local folders are merged.",
+        )
     missing = sorted(name for name in info["missing_keys"] if not fresh(name))
     superfluous = sorted(name for name in info["unexpected_keys"] if not unused(name))
     check_names(missing, superfluous, source, type(model).__name__)
@@ -159,6 +165,12 @@ def check_files(source: str) -> None:
     folder = Path(source)
     if not folder.is_dir():
         return
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would add the adapter on its own, unmerged and frozen
+        raise CheckpointError(
+            f"expected a whole model or an adapter, found both config.json and {ADAPTER_CONFIG}",
+            where=source,
+            fix="Move one of them to a folder of its own.",
+        )
     if not list(folder.glob("*.safetensors")):
         if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
             raise UnsafeError(

@@ -92,7 +92,7 @@ class _Decoding:
         self.alive = torch.ones(total, dtype=torch.bool, device=device)
         inputs = policy.inputs(prompts.ids.to(device), prompts.attention.to(device))
         output = policy.core(**inputs, use_cache=True, logits_to_keep=1)
-        self.cache = _repeated(output.past_key_values, answers, policy)
+        self.cache = _repeated(output, answers, policy)
         self.logits = output.logits[:, -1].repeat_interleave(answers, 0)  # (b, V)
         grown = torch.ones(len(prompts), width, dtype=torch.long, device=device)
         self.attention = torch.cat([inputs["attention_mask"], grown], 1).repeat_interleave(answers, 0)  # (b, P + width)
@@ -170,19 +170,23 @@ def draw(logits: Tensor, uniform: Tensor, sampling: SamplingBlock) -> tuple[Tens
     return choice.squeeze(-1), (shifted.gather(-1, choice) - total.log()).squeeze(-1)
 
 
-def _repeated(cache: Any, answers: int, policy: PolicyModule) -> Any:
+def _repeated(output: Any, answers: int, policy: PolicyModule) -> Any:
     """The prompts' cache, once per answer."""
-    layers = cache.layers if hasattr(cache, "layers") else [None]
-    if not all(
-        hasattr(layer, "batch_repeat_interleave") and hasattr(layer, "batch_select_indices") for layer in layers
-    ):
+    cache = output.past_key_values if "past_key_values" in output else None
+    if not hasattr(cache, "layers") or not all(map(_can_be_cut, cache.layers)):
         raise CheckpointError(
-            f"expected a model with a key/value cache per layer, found a {type(policy.core).__name__}, which has none",
+            f"expected a model with a key/value cache per layer, found a {type(policy.core).__name__} without",
             fix="Answers can be sampled from attention models only; choose another architecture.",
         )
     if answers > 1:
         cache.batch_repeat_interleave(answers)
     return cache
+
+
+def _can_be_cut(layer: Any) -> bool:
+    """Whether rows of a layer's cache can be repeated and dropped; recurrent states cannot."""
+    has_methods = hasattr(layer, "batch_repeat_interleave") and hasattr(layer, "batch_select_indices")
+    return has_methods and not hasattr(layer, "update_conv_state")
 
 
 def _check_room(policy: PolicyModule, prompts: Prompts, max_new_tokens: int) -> None:
