@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -118,6 +119,14 @@ def rank_environment(world: World) -> dict[str, str]:
     return {**added, "DS_ACCELERATOR": "cpu"} if world.cpu else added
 
 
+def printable(command: Sequence[str], environment: dict[str, str]) -> str:
+    """The command with its additions to the environment, as one line for a shell."""
+    words = [f"{name}={shlex.quote(value)}" for name, value in environment.items() if name != "PATH"]
+    if "PATH" in environment:
+        words.append(f'PATH={shlex.quote(str(Path(sys.executable).parent))}:"$PATH"')
+    return " ".join([*words, shlex.join(command)])
+
+
 def free_port() -> int:
     """A TCP port that is free on this machine now."""
     with socket.socket() as server:
@@ -144,8 +153,7 @@ def launch(
     stop; `grace_s` seconds later, or at a further SIGINT, they are killed. In good times only the command is printed.
     """
     command, added = launch_command(argv, world, module), rank_environment(world)
-    assignments = [f"{name}={shlex.quote(value)}" for name, value in added.items()]
-    print(" ".join([*assignments, shlex.join(command)]), file=sys.stderr, flush=True)
+    _say(printable(command, added))
     environment = {**os.environ, **added, LAUNCHER: f"{socket.gethostname()}:{os.getpid()}:{_stat(os.getpid()).start}"}
     if world.hostfile is None:
         environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include; both at once make the runner complain
@@ -158,7 +166,7 @@ def launch(
             left = session.kill()
             code = runner.wait()
     if left:
-        print(f"ended {left} processes that the launcher had left", file=sys.stderr, flush=True)
+        _say(f"ended {left} processes that the launcher had left")
     return verdict(code, session.failures, bool(requests.received), succeeded(), stage)
 
 
@@ -172,8 +180,7 @@ def _wait(session: _Session, requests: _StopRequests, grace_s: float) -> None:
             session.ask_to_stop()
             if deadline > now + grace_s:
                 deadline = now + grace_s
-                note = f"stopping after this step, within {grace_s:.0f} s; Ctrl-C ends it at once"
-                print(note, file=sys.stderr, flush=True)
+                _say(f"stopping after this step, within {grace_s:.0f} s; Ctrl-C ends it at once")
             if signal.SIGINT in requests.received[1:]:
                 return
         elif session.has_lost():
@@ -192,9 +199,7 @@ def verdict(code: int, failures: dict[str, int], stop_requested: bool, done: boo
     own = [c for c in (*failures.values(), code) if c in OWN_CODES]
     if done and not own:
         if code:
-            print(
-                f"{stage} is complete; ranks failed afterwards: {_named(failures, code)}", file=sys.stderr, flush=True
-            )
+            _say(f"{stage} is complete; ranks failed afterwards: {_named(failures, code)}")
         return 0
     lost = any(failure < 0 for failure in failures.values()) or code == 0  # 0: `launch` itself is gone
     if own and not lost:
@@ -203,6 +208,11 @@ def verdict(code: int, failures: dict[str, int], stop_requested: bool, done: boo
         return STOPPED
     fix = f"The same command resumes. The end of {stage / 'log.txt'}:" + "".join(_last_lines(stage / "log.txt"))
     raise WorkerLostError(f"{_named(failures, code)}; the stage has no result", where=str(stage), fix=fix)
+
+
+def _say(text: str) -> None:
+    with suppress(OSError):  # a terminal that was closed must not keep the ranks from their checkpoint
+        print(text, file=sys.stderr, flush=True)
 
 
 def _named(failures: dict[str, int], code: int) -> str:
@@ -350,10 +360,8 @@ class _Session:
 
 
 def _send(pid: int, number: int) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.kill(pid, number)
-    except ProcessLookupError:
-        return
 
 
 # ---- in a rank -------------------------------------------------------------------------------------------------------

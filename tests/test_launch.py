@@ -93,6 +93,13 @@ def test_tools_beside_the_interpreter_are_on_the_path(bare: pytest.MonkeyPatch) 
     assert "PATH" not in rank_environment(World(gpus=1))
 
 
+def test_the_printed_command_is_one_for_a_shell() -> None:
+    line = launch.printable(["python", "a b", "c'd"], {"A": "x y", "PATH": "/venv/bin:/usr/bin"})
+    script = f'python() {{ printf "%s|" "$@" "$A" "${{PATH%%:*}}"; }}; {line}'
+    run = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=True, env={"PATH": "/bin"})
+    assert run.stdout == f"a b|c'd|x y|{Path(sys.executable).parent}|"
+
+
 def test_world_size() -> None:
     assert pick_world_size(None, 1) == 1
     assert pick_world_size(8, 2) == 16

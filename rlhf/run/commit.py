@@ -32,7 +32,7 @@ TEMPORARY = ".tmp-"
 SMALL_FILE = 32 * 2**20  # bytes; up to here a quick check hashes, beyond it only compares sizes
 _CHUNK = 4 * 2**20
 _STEP = re.compile(r"step-(\d{6,})")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOLCK, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 
@@ -86,10 +86,13 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None
 
 
 def fsync_path(path: Path) -> None:
-    """Force a file's content, or a folder's list of names, to the disk."""
+    """Force a file's content, or a folder's list of names, to the disk, where the file system has a way to."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems know no fsync of folders
+            raise
     finally:
         os.close(handle)
 

@@ -148,6 +148,7 @@ class StageDir:
         if foreign := [p.name for p in self.path.iterdir() if not p.name.startswith(commit.TEMPORARY)]:
             what = f"expected a stage folder or nothing, found {', '.join(sorted(foreign)[:3])}, which no stage wrote"
             raise CheckpointError(what, where=str(self.path), fix="Choose another --name or another --run.")
+        commit.remove_temporaries(self.path)
         commit.write_json(self.provenance, {"inputs": recordable(inputs)})
         self.write_status(state="running", stage=inputs["stage"], started=_now())
         return "new", None
@@ -166,11 +167,13 @@ class StageDir:
             what = "made from other inputs, and nothing is overwritten:\n    " + "\n    ".join(lines)
             fix = "Give this run a name of its own with --name, or begin again with --restart (the old folder is kept)."
             raise RecipeError(what, where=str(self.path), fix=fix)
-        if self.manifest.exists():
-            self.read_manifest()
-            return "finished", None
         for folder in (self.path, self.checkpoints):
             commit.remove_temporaries(folder)
+        if self.manifest.exists():
+            self.read_manifest()
+            if self.read_status()["state"] != "finished":  # cut off between the manifest and the status
+                self.write_status(state="finished", ended=_now(), exit_reason=None)
+            return "finished", None
         checkpoint = commit.newest_checkpoint(self.checkpoints, hash_limit=0)
         self.write_status(state="running", ended=None, exit_reason=None)
         return ("resume" if checkpoint else "new"), checkpoint

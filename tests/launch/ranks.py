@@ -37,7 +37,7 @@ if behaviour == "stubborn":
 shown = ("WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 facts = {"argv": sys.argv, "worker": is_worker(), "launcher": launcher_pid(), **{key: os.environ[key] for key in shown}}
 note("started", json.dumps(facts))
-print(f"rank {rank} speaks")
+sys.stdout.write(f"rank {rank} speaks\n")  # one write: unbuffered prints of two ranks would mix
 if behaviour == "done":
     time.sleep(1.5)
     note("done")
