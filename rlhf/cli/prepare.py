@@ -11,7 +11,7 @@ from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.options import FunctionReward, ModelReward
 from rlhf.recipe.schema import ModelRef
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
-from rlhf.run.lineage import Parent, hash_file, hash_tree
+from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import Job
 
@@ -52,7 +52,7 @@ def prepare(
         if ref.from_:
             parents[key] = resolve_parent(ref.from_, run, kinds, f"{key}.from", loaded.place(f"{key}.from"))
     check_tokenizers(loaded, parents)
-    from rlhf.data.sources import check_sources  # reads the first row of local files; datasets only if it must
+    from rlhf.data.sources import check_sources, fingerprints  # the first rows of local files; datasets only if it must
 
     check_sources(recipe.data, DATA_KIND[stage])
     resolved = dump_recipe(recipe)
@@ -60,7 +60,7 @@ def prepare(
         "stage": stage,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
-        "data": data_fingerprints(recipe),
+        "data": fingerprints(recipe.data),
         "code": {str(file): hash_file(file) for file in sorted(code)},
     }
     folder = run.stage(name or stage)
@@ -102,18 +102,3 @@ def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:
                     where=loaded.place(f"{key}.from"),
                     fix="Train both from the same SFT stage: model: {from: sft} in the recipe of each.",
                 )
-
-
-def data_fingerprints(recipe: Recipe) -> dict[str, str]:
-    """path -> content hash of every local source; hub datasets are named with their revision."""
-    sources = [*recipe.data.all_sources(), *([recipe.data.eval] if recipe.data.eval else [])]
-    found = {}
-    for source in sources:
-        path = Path(str(source.path)).expanduser()
-        if path.is_file():
-            found[str(source.path)] = hash_file(path)
-        elif path.is_dir():
-            found[str(source.path)] = hash_tree(path)
-        else:
-            found[str(source.path)] = f"{source.name}/{source.split}@{source.revision}"
-    return found

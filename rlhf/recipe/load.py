@@ -16,7 +16,7 @@ from rlhf.recipe.document import Document, Mark, read_document, to_yaml
 from rlhf.recipe.overrides import apply_overrides
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.schema import Block
-from rlhf.recipe.stages import RECIPES, Pipeline, Recipe
+from rlhf.recipe.stages import RECIPES, Expectation, Pipeline, Recipe
 from rlhf.recipe.translate import translate
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
@@ -82,6 +82,7 @@ class PipelineCommand(NamedTuple):
     recipe: Path
     name: str
     overrides: tuple[str, ...]
+    expect: Expectation | None
 
 
 def load_recipe(
@@ -160,7 +161,7 @@ def load_pipeline(path: str | Path) -> list[PipelineCommand]:
             fix = f"did you mean {near[0]}?" if near else "paths are relative to the pipeline file"
             problems.append(Problem(f"stages.{i}.recipe", f"expected a recipe, found nothing at {recipe}", fix))
         overrides = tuple(f"{key}={to_yaml(value, one_line=True)}" for key, value in step.set.items())
-        commands.append(PipelineCommand(step.stage, recipe, step.name or step.stage, overrides))
+        commands.append(PipelineCommand(step.stage, recipe, step.name or step.stage, overrides, step.expect))
     if problems:
         raise document.error(problems)
     return commands

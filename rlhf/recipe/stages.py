@@ -175,6 +175,14 @@ RECIPES: dict[str, type[Recipe]] = {
 }
 
 
+class Expectation(Block):
+    """How a metric must have moved when a stage is done: the mean of its last tenth of rows against the first tenth."""
+
+    metric: str = Field(description="a name in metrics.jsonl, e.g. train/loss")
+    direction: Literal["rises", "falls"] = Field(description="which way")
+    by: float = Field(ge=0, description="at least this much")
+
+
 class PipelineStep(Block):
     """One command of a pipeline: `rlhf STAGE RECIPE --name NAME --set ...`."""
 
@@ -182,6 +190,7 @@ class PipelineStep(Block):
     recipe: str = Field(description="its recipe, relative to the pipeline file")
     name: str | None = Field(None, description="stage folder; default: the subcommand")
     set: dict[str, Any] = Field({}, description="overrides, e.g. {kl.coef: 0.02}")
+    expect: Expectation | None = Field(None, description="the pipeline stops if this does not come true")
 
 
 class Pipeline(Block):

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine.engine import Engine
+from rlhf.errors import RecipeError
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
@@ -273,8 +274,23 @@ def _sample_writer(
 
 def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock) -> Sampler:
     """How answers end and how they are read: every end token that model, tokenizer, template or recipe names."""
-    stop_ids = chat.stop_token_ids(tokenizer, _generation_config(engine), extra=sampling.stop)
-    return Sampler(stop_ids, tokenizer.pad_token_id, decoder(tokenizer))
+    stop_ids = {*chat.stop_token_ids(tokenizer, _generation_config(engine)), *stop_words(tokenizer, sampling.stop)}
+    return Sampler(sorted(stop_ids), tokenizer.pad_token_id, decoder(tokenizer))
+
+
+def stop_words(tokenizer: PreTrainedTokenizerFast, words: list[str]) -> list[int]:
+    """The recipe's own end tokens as ids."""
+    found = []
+    for word in words:
+        ids = tokenizer.encode(word, add_special_tokens=False)
+        if len(ids) != 1:
+            raise RecipeError(
+                f"expected single tokens of the model's vocabulary, found {word!r}, which is {len(ids)}",
+                where="sampling.stop",
+                fix="Answers end at a token; leave the word out, or cut the text in a reward function.",
+            )
+        found.append(ids[0])
+    return found
 
 
 def _generation_config(engine: Engine) -> Any:
