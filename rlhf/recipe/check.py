@@ -79,7 +79,9 @@ def revision(key: str, ref: ModelRef) -> Problems:
     """A revision belongs to a hub id."""
     if ref.revision and not ref.path:
         also = (f"{key}.path",)
-        yield Problem(f"{key}.revision", "expected path beside it, found none", "only hub ids have revisions", also)
+        yield Problem(
+            f"{key}.revision", "expected path beside it, found none", "only hub ids have revisions: remove it", also
+        )
 
 
 def sources_of_roles(recipe: Recipe) -> Problems:
@@ -209,7 +211,7 @@ def templates(recipe: Recipe) -> Problems:
             try:
                 fields = [column for _, column, _, _ in string.Formatter().parse(text) if column is not None]
             except ValueError as error:
-                fields, reason = [], str(error)
+                fields, reason = [], f"an error ({error})"
             else:
                 reason = "{} without a column" if "" in fields else ""
             if reason:

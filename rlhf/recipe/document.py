@@ -6,6 +6,7 @@ text, and a tag such as `!!python/object` is a problem to report, never somethin
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -291,4 +292,7 @@ def to_yaml(values: Any, *, one_line: bool = False) -> str:
         default_flow_style=one_line,
         width=2**31 if one_line else 100,
     )
-    return text.removesuffix("...\n").rstrip("\n") if one_line else text
+    if not one_line:
+        return text
+    text = text.removesuffix("...\n").rstrip("\n")
+    return json.dumps(values, ensure_ascii=False) if "\n" in text else text  # JSON escapes line breaks

@@ -5,6 +5,7 @@ Messages, `rlhf explain`, `--set` and did-you-mean all read the schema through t
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -55,6 +56,7 @@ class Option:
         return "null" if default is None else default if isinstance(default, str) and default else found(default)
 
 
+@functools.cache
 def options(block: type[Block]) -> dict[str, Option]:
     """The keys of a block, in the order of its definition."""
     return {option.name: option for option in map(_option, block.model_fields, block.model_fields.values())}

@@ -102,9 +102,11 @@ def _unknown_key(document: Document, model: type[Block], path: tuple[str, ...], 
     shape = shape_at(model, block, values) or Shape("a value")
     siblings = [key for b in chosen(shape, _at(values, block)) for key in options(b)]
     near = [prefix + key for key in closest(name, siblings)]
-    near += [key for key in _elsewhere(model, ".".join(path), name) if key not in near]
+    near += [key for key in _elsewhere(model, ".".join(path), name, is_lost=not near) if key not in near]
     other = [tag for tag, b in tags(shape).items() if name in options(b)]
-    if other:
+    if "." in name and option_at(model, (*block, *name.split(".")), values) is not None:
+        fix = f"dots are for --set: write {name.replace('.', ': {')}: ...{'}' * name.count('.')}"
+    elif other:
         fix = f"it is a key of {prefix}{shape.tag}: {choice(other)}"
     elif near:
         fix = f"did you mean {choice(near[:3])}?"
@@ -115,9 +117,11 @@ def _unknown_key(document: Document, model: type[Block], path: tuple[str, ...], 
     return Problem(key, f"expected a known key, found {name!r}", fix, near=tuple(near), spot=mark.key if mark else None)
 
 
-def _elsewhere(model: type[Block], key: str, name: str) -> list[str]:
-    """Keys of other blocks with this name; failing that, keys that read alike (dots and underscores are the same)."""
+def _elsewhere(model: type[Block], key: str, name: str, *, is_lost: bool) -> list[str]:
+    """Keys of other blocks with this name; if there is nothing else to offer, keys that read or mean alike."""
     everywhere = list(dict.fromkeys(k for k, _, _ in walk(model)))
     exact = [k for k in everywhere if k.rpartition(".")[2] == name]
-    alike = exact or closest(name, everywhere, cutoff=0.8) or closest(key, everywhere, cutoff=0.9)
+    if exact or not is_lost:
+        return exact
+    alike = closest(name, everywhere, cutoff=0.8) or closest(key, everywhere, cutoff=0.9)
     return alike or (meaning(model, name) if len(name) > 5 else [])

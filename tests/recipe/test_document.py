@@ -107,7 +107,10 @@ def test_every_key_and_value_has_its_line_and_column(tmp_path: Path) -> None:
         ("# only a comment\n", "r.yaml: expected a recipe, found an empty file"),
         ("- a\n- b\n", "r.yaml:1:1: expected keys at the top, found a list"),
         ("just text", "r.yaml:1:1: expected keys at the top, found a single value"),
-        ("a: [1\nb: 2", "r.yaml:2:2: expected valid YAML, found an error while parsing a flow sequence: expected ',' or"),
+        (
+            "a: [1\nb: 2",
+            "r.yaml:2:2: expected valid YAML, found an error while parsing a flow sequence: expected ',' or",
+        ),
         ("a:\n  b: 1\n c: 2", "r.yaml:3:2: expected valid YAML, found an error while parsing a block mapping"),
         ("a: b: c", "r.yaml:1:5: expected valid YAML, found an error mapping values are not allowed here"),
         ("a:\n\tb: 1", "r.yaml:2:1: expected valid YAML, found an error while scanning for the next token"),
@@ -144,7 +147,9 @@ def test_harmless_aliases_work(tmp_path: Path) -> None:
 
 def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
     (tmp_path / "sft.yaml").write_text("a: 1")
-    with pytest.raises(RecipeError, match=r"sfd.yaml: expected a YAML file, found nothing\n  did you mean .*/sft.yaml\?"):
+    with pytest.raises(
+        RecipeError, match=r"sfd.yaml: expected a YAML file, found nothing\n  did you mean .*/sft.yaml\?"
+    ):
         read_document(tmp_path / "sfd.yaml")
     with pytest.raises(RecipeError, match=r"found nothing$"):
         read_document(tmp_path / "no" / "where.yaml")
@@ -175,7 +180,9 @@ def test_encoding_mark_and_windows_lines_are_fine(tmp_path: Path) -> None:
         ('a: "\\ud800"', (1, 4), "expected !!str, found"),
     ],
 )
-def test_values_that_are_not_plain_become_problems(text: str, at: tuple[int, int], expected: str, tmp_path: Path) -> None:
+def test_values_that_are_not_plain_become_problems(
+    text: str, at: tuple[int, int], expected: str, tmp_path: Path
+) -> None:
     [problem] = read(text, tmp_path).problems
     assert expected in problem.what
     assert problem.spot is not None and problem.spot[:2] == at
@@ -183,8 +190,8 @@ def test_values_that_are_not_plain_become_problems(text: str, at: tuple[int, int
 
 def test_any_bytes_are_read_or_refused(tmp_path: Path) -> None:
     rng = random.Random(0)
-    pieces = ["a: ", "- ", "{", "}", "[", "]", "\n", "  ", "*x", "&x ", "!!", "'", '"', "#", "|", ">", "%", "1e-5", ": ",
-              "?", "\t", "\x00", "é", "<<", "---\n", "\\", ","]  # fmt: skip
+    pieces = ["a: ", "- ", "{", "}", "[", "]", "\n", "  ", "*x", "&x ", "!!", "'", '"', "#", "|", ">", "%", "1e-5",
+              ": ", "?", "\t", "\x00", "é", "<<", "---\n", "\\", ","]  # fmt: skip
     for _ in range(400):
         text = "".join(rng.choice(pieces) for _ in range(rng.randrange(1, 30)))
         try:
