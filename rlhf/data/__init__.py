@@ -1,0 +1,1 @@
+"""Data: files to canonical records, chat templates to token masks, examples to batches in a fixed order."""

@@ -1,0 +1,224 @@
+"""Records -> token rows that fit, with every dropped or changed row counted."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from rlhf.data.chat import ChatTemplate
+from rlhf.data.drafts import Draft, draft, unusable
+from rlhf.data.encode import Ids, Mask
+from rlhf.data.formats import Kind, Record, convert, detect, pair_up, require, reward_fields
+from rlhf.data.limits import Limits, limits_of
+from rlhf.data.mapping import Mapping
+from rlhf.data.order import generator
+from rlhf.data.report import DataReport, SourceReport, TokenCounts
+from rlhf.data.sources import fingerprint, locate, named_sources, read_rows
+from rlhf.errors import DataError
+from rlhf.recipe.schema import DataBlock, SourceBlock
+
+_CHUNK = 1000  # records that are tokenised together
+LEFT_OUT = "left out by the source's weight"
+
+
+@dataclass(frozen=True, slots=True)
+class TokenExample:
+    """One row for SFT."""
+
+    ids: Ids
+    mask: Mask
+    row: int  # the record's number over all sources, before any was dropped
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens, and trained tokens."""
+        return len(self.ids), int(self.mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PairExample:
+    """A prompt with a better and a worse answer."""
+
+    prompt_ids: Ids
+    chosen_ids: Ids
+    chosen_mask: Mask
+    rejected_ids: Ids
+    rejected_mask: Mask
+    margin: float
+    row: int
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of both sides, and trained tokens."""
+        answers = len(self.chosen_ids) + len(self.rejected_ids)
+        return 2 * len(self.prompt_ids) + answers, int(self.chosen_mask.sum() + self.rejected_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class PromptExample:
+    """A prompt to sample answers to."""
+
+    ids: Ids
+    row: int
+    fields: dict[str, Any]  # the row's columns for rewards, and prompt, messages, completion
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens; none is trained."""
+        return len(self.ids), 0
+
+
+Example = TokenExample | PairExample | PromptExample
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stage's data."""
+
+    train: list[Any]  # of one kind of example
+    eval: list[Any]
+    report: DataReport
+
+
+def load_examples(
+    data: DataBlock, tokenizer: PreTrainedTokenizerBase, kind: Kind, seed: int, max_new_tokens: int = 0
+) -> Loaded:
+    """Read, convert, tokenise and fit all rows of a stage.
+
+    The mix of several sources: from a source of weight w the share w / (largest weight) of its rows is taken, chosen by
+    seed, none twice. Equal weights take everything. `eval_rows` are chosen by seed from all sources before that.
+    max_new_tokens: for prompts, what the answer still needs of max_length.
+    """
+    loader = _Loader(ChatTemplate(tokenizer), kind, data, limits_of(data, kind, max_new_tokens, tokenizer.bos_token_id))
+    parts = [loader.load(source, key) for key, source in named_sources(data)]
+    held_out: list[Example] = []
+    if data.eval is not None:
+        held_out = loader.load(data.eval, "data.eval")
+    elif data.eval_rows:
+        parts, held_out = _hold_out(parts, data.eval_rows, seed)
+    train = _mix(parts, named_sources(data), loader.reports, seed)
+    counts = [TokenCounts.of(example.lengths() for example in examples) for examples in (train, held_out)]
+    return Loaded(train, held_out, DataReport(loader.reports, counts[0], counts[1]))
+
+
+def raw_texts(data: DataBlock, kind: Kind) -> Iterator[str]:
+    """All text of the training sources, message by message: what a tokenizer is trained on."""
+    for key, source in named_sources(data):
+        report = SourceReport(key, str(source.path), "", "")
+        for record in read_records(source, key, kind, report):
+            if record.kind == "text":
+                yield record.text
+            for message in (*record.prompt, *record.answer, *record.chosen, *record.rejected):
+                yield message["content"]
+
+
+def read_records(source: SourceBlock, key: str, kind: Kind, report: SourceReport) -> Iterator[Record]:
+    """The records of a source, good and unusable ones; rows are counted in `report`, which is given the format."""
+    mapping = Mapping(source, key)
+
+    def records() -> Iterator[Record]:
+        for where, raw in read_rows(source, key):
+            row = mapping(where, raw)
+            if not report.format:
+                report.format = detect(row, where, source, key)
+                require(report.format, kind, where, source)
+            report.read += 1
+            yield convert(row, where, report.format, source)
+
+    if kind != "pairs" or not source.pair_labels:
+        return records()
+    return pair_up(records(), report.dropped)
+
+
+class _Loader:
+    """Loads source after source, numbering the records through."""
+
+    def __init__(self, chat: ChatTemplate, kind: Kind, data: DataBlock, limits: Limits) -> None:
+        self._chat, self._kind, self._data, self._limits = chat, kind, data, limits
+        self._row = itertools.count()
+        self.reports: list[SourceReport] = []
+
+    def load(self, source: SourceBlock, key: str) -> list[Example]:
+        """The examples of one source, in file order."""
+        report = SourceReport(key, str(source.path), "", fingerprint(source, locate(source, key)))
+        self.reports.append(report)
+        records = read_records(source, key, self._kind, report)
+        examples: list[Example] = []
+        while chunk := list(itertools.islice(records, _CHUNK)):
+            examples += self._fit(chunk, report)
+        report.kept = len(examples)
+        if not examples:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in report.dropped.most_common())
+            raise DataError(
+                f"expected rows to learn from, found none among {report.read}: {reasons}",
+                where=report.path,
+                fix="Look at them with `rlhf show RECIPE`; the limits are data.max_length and max_prompt_length.",
+            )
+        return examples
+
+    def _fit(self, records: list[Record], report: SourceReport) -> Iterator[Example]:
+        """Examples of the records that can be used and fit."""
+        numbered = list(zip(records, self._row, strict=False))
+        usable = []
+        for record, row in numbered:
+            if problem := unusable(record, self._kind, self._data.on_empty):
+                report.dropped[problem] += 1
+            else:
+                usable.append((record, row))
+        drafts = draft([record for record, _ in usable], self._chat, self._kind, self._data.train_on)
+        for one, (record, row) in zip(drafts, usable, strict=True):
+            fitted, problem = one.fit(self._limits)
+            report.changed.update(fitted.changes)
+            if problem:
+                report.dropped[problem] += 1
+            else:
+                yield to_example(fitted, record, row)
+
+
+def to_example(fitted: Draft, record: Record, row: int) -> Example:
+    """The example of a draft that fits."""
+    if not fitted.sides:
+        return PromptExample(fitted.prompt, row, reward_fields(record))
+    if len(fitted.sides) == 1:
+        ids, mask = fitted.sides[0]
+        before = np.zeros(len(fitted.prompt), np.bool_)
+        return TokenExample(np.concatenate([fitted.prompt, ids]), np.concatenate([before, mask]), row)
+    (chosen, chosen_mask), (rejected, rejected_mask) = fitted.sides
+    return PairExample(fitted.prompt, chosen, chosen_mask, rejected, rejected_mask, record.margin, row)
+
+
+def _hold_out(parts: Sequence[list[Example]], count: int, seed: int) -> tuple[list[list[Example]], list[Example]]:
+    """`count` examples of all sources, chosen by seed, and the rest of every source."""
+    total = sum(map(len, parts))
+    if count >= total:
+        raise DataError(
+            f"expected more rows than are held out, found {total}",
+            where="data.eval_rows",
+            fix=f"It is {count}: set it below {total}.",
+        )
+    chosen = set(generator(seed, "eval_rows").permutation(total)[:count].tolist())
+    rest, held_out, at = [], [], 0
+    for part in parts:
+        rest.append([example for i, example in enumerate(part, start=at) if i not in chosen])
+        held_out += [example for i, example in enumerate(part, start=at) if i in chosen]
+        at += len(part)
+    return rest, held_out
+
+
+def _mix(
+    parts: Sequence[list[Example]], sources: Sequence[tuple[str, SourceBlock]], reports: list[SourceReport], seed: int
+) -> list[Example]:
+    """Every source's share of its rows, in file order. See `load_examples`."""
+    largest = max(source.weight for _, source in sources)
+    mixed: list[Example] = []
+    for number, (part, (_, source), report) in enumerate(zip(parts, sources, reports, strict=False)):
+        taken = max(1, round(len(part) * source.weight / largest)) if part else 0
+        if taken < len(part):
+            report.dropped[LEFT_OUT] += len(part) - taken
+            report.kept -= len(part) - taken
+            chosen = sorted(generator(seed, "mix", number).permutation(len(part))[:taken].tolist())
+            part = [part[i] for i in chosen]
+        mixed += part
+    return mixed

@@ -1,0 +1,305 @@
+"""Row formats: what the columns say a row is, and the one canonical record that every format becomes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter, defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from rlhf.data.mapping import did_you_mean
+from rlhf.data.messages import (
+    Message,
+    as_text,
+    check_text,
+    common_prefix,
+    is_dialogue,
+    message,
+    parse_dialogue,
+    parse_messages,
+)
+from rlhf.data.readers import describe
+from rlhf.errors import DataError, RecipeError
+from rlhf.recipe.schema import SourceBlock
+
+Kind = Literal["tokens", "pairs", "prompts"]  # what a stage makes of records
+
+# Reasons for which a row is dropped and counted.
+NO_ANSWER = "no answer at the end"
+OTHER_PROMPT = "chosen and rejected answer different prompts"
+BAD_LABEL = "label is false"
+NO_PARTNER = "no answer with the other label to the same prompt"
+
+# Which columns a format needs; of several that fit, the one with the most mapped columns wins, then the first.
+_SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
+    ("sharegpt_pairs", ("conversations", "chosen", "rejected")),
+    ("pairs", ("prompt", "chosen", "rejected")),
+    ("dialogue_pairs", ("chosen", "rejected")),
+    ("pairs", ("chosen", "rejected")),
+    ("labelled", ("prompt", "completion", "label")),
+    ("labelled", ("messages", "label")),
+    ("labelled", ("conversations", "label")),
+    ("labelled", ("text", "label")),
+    ("prompt_completion", ("prompt", "completion")),
+    ("messages", ("messages",)),
+    ("sharegpt", ("conversations",)),
+    ("alpaca", ("instruction", "output")),
+    ("text", ("text",)),
+    ("prompts", ("prompt",)),
+)
+_PAIRS = {"pairs", "dialogue_pairs", "sharegpt_pairs"}
+# Columns that became messages; the others stay in `Record.fields` for rewards.
+_CONSUMED = {"messages", "conversations", "chosen", "rejected"}
+_TRUTH = {"1": True, "true": True, "0": False, "false": False}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One row, whatever its format was."""
+
+    kind: Literal["completion", "text", "pair", "prompt"]
+    where: str  # file:line
+    fields: dict[str, Any] = field(default_factory=dict)  # the row's other columns
+    prompt: list[Message] = field(default_factory=list)
+    answer: list[Message] = field(default_factory=list)  # completion: begins and ends with an assistant message
+    chosen: list[Message] = field(default_factory=list)  # pair: what follows the prompt
+    rejected: list[Message] = field(default_factory=list)
+    text: str = ""
+    label: bool | None = None
+    margin: float = 0.0
+    problem: str = ""  # a reason to drop the row, empty for a good one
+
+
+# --- detection -----------------------------------------------------------------------------------------------------
+
+
+def detect(row: dict[str, Any], where: str, source: SourceBlock, key: str) -> str:
+    """The format of a source, from its mapped first row; the recipe's `format` is checked instead where it is given.
+
+    key: the source's place in the recipe, e.g. data.sources[1].
+    """
+    fitting = [(name, needs) for name, needs in _SHAPES if _fits(name, needs, row, source)]
+    if source.format != "auto":
+        fitting = [(name, needs) for name, needs in fitting if name == source.format]
+    if not fitting:
+        raise _unknown(row, where, source)
+    mapped = {*source.columns, *source.templates}
+    found, needs = max(fitting, key=lambda shape: len(mapped.intersection(shape[1])))
+    if source.prompt_words and "text" not in needs:
+        raise RecipeError(f"expected rows with a text, found the format {found}", where=f"{key}.prompt_words")
+    if source.system and found == "text" and not source.prompt_words:
+        raise RecipeError("expected conversations, found plain texts, which have no turns", where=f"{key}.system")
+    return found
+
+
+def _fits(name: str, needs: tuple[str, ...], row: dict[str, Any], source: SourceBlock) -> bool:
+    if not all(column in row for column in needs):
+        return False
+    if name == "dialogue_pairs" and source.format == "auto":
+        return is_dialogue(row["chosen"]) and is_dialogue(row["rejected"])
+    if needs == ("chosen", "rejected") and name == "pairs":
+        return not isinstance(row["chosen"], str)
+    if needs == ("text", "label"):  # a text with a label is a plain text unless labels are asked for
+        return source.pair_labels or source.format == "labelled"
+    return name == "labelled" or not source.pair_labels
+
+
+def _unknown(row: dict[str, Any], where: str, source: SourceBlock) -> DataError:
+    if source.format != "auto":
+        shapes = [needs for name, needs in _SHAPES if name == source.format]
+    else:
+        shapes = [needs for name, needs in _SHAPES if name == "labelled" or not source.pair_labels]
+    wanted = dict.fromkeys(" + ".join(needs) for needs in shapes)
+    missing = next((need for needs in shapes for need in needs if need not in row and did_you_mean(need, row)), None)
+    near = f"{did_you_mean(missing, row).rstrip('?')} for {missing}? " if missing else ""
+    return DataError(
+        f"columns: expected {', or '.join(wanted)}, found {', '.join(row) or 'none'}",
+        where=where,
+        fix=f"{near}Say which column is which in the recipe's `columns`, e.g. columns: {{prompt: question}}.",
+    )
+
+
+def require(found: str, kind: Kind, where: str, source: SourceBlock) -> None:
+    """Refuse a format that a stage cannot learn from."""
+    if kind == "pairs" and found not in _PAIRS and not (found == "labelled" and source.pair_labels):
+        need = "a better and a worse answer (chosen, rejected)"
+        fix = "Set pair_labels: true to pair answers by label." if found == "labelled" else ""
+    elif kind == "tokens" and found == "prompts":
+        need, fix = "answers to learn from", "Say which column holds them: columns: {completion: ...}."
+    elif kind == "prompts" and found == "text" and not source.prompt_words:
+        need, fix = "prompts", "Set prompt_words: N to make the first N words of a text its prompt."
+    else:
+        return
+    raise DataError(f"expected {need}, found rows of the format {found}", where=where, fix=fix or None)
+
+
+# --- conversion ----------------------------------------------------------------------------------------------------
+
+
+def convert(row: dict[str, Any], where: str, found: str, source: SourceBlock) -> Record:
+    """One mapped row as a record. A row that breaks its format raises; one that only cannot be used says why."""
+    fields = {name: value for name, value in row.items() if name not in _CONSUMED}
+    if found in _PAIRS:
+        record = _pair(row, where, found)
+    elif found == "text" and not source.prompt_words:
+        return Record("text", where, fields, text=check_text(_need(row, "text", where), where, "text"))
+    else:
+        record = _single(row, where, found, source)
+        if found == "labelled":
+            record = replace(record, label=_label(_need(row, "label", where), where))
+    return _with_system(replace(record, fields=fields), row, source)
+
+
+def _need(row: dict[str, Any], name: str, where: str) -> Any:
+    if name not in row:
+        raise DataError(
+            f"{name}: expected this column, found {', '.join(row) or 'none'}",
+            where=where,
+            fix=did_you_mean(name, row) or None,
+        )
+    return row[name]
+
+
+def _single(row: dict[str, Any], where: str, found: str, source: SourceBlock) -> Record:
+    """Formats with one answer, or none."""
+    if found == "labelled":
+        found = "messages" if "messages" in row else "sharegpt" if "conversations" in row else "prompt_completion"
+        if "text" in row and found == "prompt_completion" and "completion" not in row:
+            found = "text"
+    if found in ("messages", "sharegpt"):
+        column = "messages" if found == "messages" else "conversations"
+        return _conversation(parse_messages(_need(row, column, where), where, column), where)
+    if found == "text":
+        return _cut_text(check_text(_need(row, "text", where), where, "text"), source.prompt_words or 0, where)
+    if found == "alpaca":
+        return _alpaca(row, where)
+    prompt = _messages(_need(row, "prompt", where), "user", where, "prompt")
+    if found == "prompts":
+        return Record("prompt", where, prompt=prompt)
+    answer = _messages(_need(row, "completion", where), "assistant", where, "completion")
+    return _conversation([*prompt, *answer], where)
+
+
+def _messages(value: Any, role: str, where: str, column: str) -> list[Message]:
+    """A column that holds the text of one message, or messages."""
+    if isinstance(value, (list, tuple, dict)):
+        return parse_messages(value, where, column)
+    return [message(role, check_text(value, where, column))]
+
+
+def _conversation(messages: list[Message], where: str) -> Record:
+    if messages[-1]["role"] != "assistant":
+        return Record("prompt", where, prompt=messages)
+    return Record("completion", where, prompt=messages[:-1], answer=messages[-1:])
+
+
+def _cut_text(text: str, words: int, where: str) -> Record:
+    """The first `words` words as the prompt, white space left where it is."""
+    head = re.match(rf"(?:\s*\S+){{0,{words}}}", text).group()  # type: ignore[union-attr]
+    prompt = [message("user", head)] if head else []
+    return Record("completion", where, prompt=prompt, answer=[message("assistant", text[len(head) :])])
+
+
+def _alpaca(row: dict[str, Any], where: str) -> Record:
+    """instruction and input, a blank line between them, are the prompt; `history` holds earlier turns as pairs."""
+    parts = [check_text(_need(row, "instruction", where), where, "instruction")]
+    if row.get("input"):
+        parts.append(check_text(row["input"], where, "input"))
+    history = row.get("history") or []
+    prompt = []
+    for i, turn in enumerate(history):
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2:
+            raise DataError(f"history[{i}]: expected [question, answer], found {describe(turn)}", where=where)
+        roles = zip(("user", "assistant"), turn, strict=True)
+        prompt += [message(role, check_text(said, where, f"history[{i}]")) for role, said in roles]
+    prompt.append(message("user", "\n\n".join(part for part in parts if part)))
+    answer = check_text(_need(row, "output", where), where, "output")
+    return Record("completion", where, prompt=prompt, answer=[message("assistant", answer)])
+
+
+def _pair(row: dict[str, Any], where: str, found: str) -> Record:
+    margin = _margin(row.get("margin"), where)
+    sides: list[list[Message]] = []
+    for column in ("chosen", "rejected"):
+        value = _need(row, column, where)
+        dialogue = found == "dialogue_pairs"
+        sides.append(parse_dialogue(value, where, column) if dialogue else _messages(value, "assistant", where, column))
+    given: list[Message] = []
+    if found == "sharegpt_pairs":
+        given = parse_messages(_need(row, "conversations", where), where, "conversations")
+    elif found == "pairs" and "prompt" in row:
+        given = _messages(row["prompt"], "user", where, "prompt")
+    # An answer that is a whole conversation repeats the prompt, which is then found as the common prefix.
+    whole = [*given, *sides[0]] if sides[0][0]["role"] == "assistant" else sides[0]
+    other = [*given, *sides[1]] if sides[1][0]["role"] == "assistant" else sides[1]
+    shared = common_prefix(whole, other)
+    record = Record("pair", where, prompt=whole[:shared], chosen=whole[shared:], rejected=other[shared:], margin=margin)
+    if record.chosen[-1]["role"] != "assistant" or record.rejected[-1]["role"] != "assistant":
+        return replace(record, problem=NO_ANSWER)
+    if record.chosen[0]["role"] != "assistant" or record.rejected[0]["role"] != "assistant":
+        return replace(record, problem=OTHER_PROMPT)
+    return record
+
+
+def _margin(value: Any, where: str) -> float:
+    if value is None:
+        return 0.0
+    try:
+        margin = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        margin = math.nan
+    if not math.isfinite(margin):
+        raise DataError(f"margin: expected a number, found {describe(value)}", where=where)
+    return margin
+
+
+def _label(value: Any, where: str) -> bool:
+    text = str(int(value)) if isinstance(value, (bool, float)) and value in (0, 1) else str(value).strip().lower()
+    if text not in _TRUTH:
+        raise DataError(f"label: expected true, false, 1 or 0, found {describe(value)}", where=where)
+    return _TRUTH[text]
+
+
+def _with_system(record: Record, row: dict[str, Any], source: SourceBlock) -> Record:
+    """The row's own system message, else its `system` column, else the recipe's."""
+    everything = [*record.prompt, *record.answer, *record.chosen]
+    own = row.get("system")
+    system = check_text(own, record.where, "system") if own else source.system
+    if not system or any(m["role"] == "system" for m in everything):
+        return record
+    return replace(record, prompt=[message("system", system), *record.prompt])
+
+
+# --- labels -> pairs -----------------------------------------------------------------------------------------------
+
+
+def pair_up(records: Iterable[Record], unpaired: Counter[str]) -> Iterator[Record]:
+    """Labelled answers as pairs: each label-true answer with one label-false answer to the same prompt, in file order.
+
+    Every answer is used once at most; what finds no partner is added to `unpaired`.
+    """
+    waiting: dict[tuple[str, ...], tuple[deque[Record], deque[Record]]] = defaultdict(lambda: (deque(), deque()))
+    for record in records:
+        assert record.label is not None
+        if record.kind != "completion":
+            unpaired[NO_ANSWER] += 1
+            continue
+        prompt = tuple(part for m in record.prompt for part in (m["role"], m["content"]))
+        good, bad = waiting[prompt]
+        (good if record.label else bad).append(record)
+        if good and bad:
+            better, worse = good.popleft(), bad.popleft()
+            yield replace(better, kind="pair", answer=[], chosen=better.answer, rejected=worse.answer, label=None)
+    left = sum(len(queue) for queues in waiting.values() for queue in queues)
+    if left:
+        unpaired[NO_PARTNER] += left
+
+
+def reward_fields(record: Record) -> dict[str, Any]:
+    """What rules and function rewards see of a row: its columns, the prompt as text and as messages, the completion."""
+    known = {"prompt": as_text(record.prompt), "messages": record.prompt}
+    if record.answer:
+        known["completion"] = record.answer[-1]["content"]
+    return {**record.fields, **known}
