@@ -27,7 +27,7 @@ def ppo_clip(
     advantages = select(at_least_float32(advantages), mask)
     plain = -ratio * advantages
     limited = -ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
-    return select(torch.maximum(plain, limited), mask), (limited > plain) & mask
+    return torch.maximum(plain, limited), limited > plain
 
 
 def token_sums(losses: Tensor, mask: Tensor) -> Tensor:

@@ -25,7 +25,7 @@ def ppo_value(
     returns = select(at_least_float32(returns), mask)
     near = old_values + (values - old_values).clamp(-clip, clip)
     plain, limited = (values - returns) ** 2, (near - returns) ** 2
-    return 0.5 * torch.maximum(plain, limited), (limited > plain) & mask
+    return 0.5 * torch.maximum(plain, limited), limited > plain
 
 
 def value_moments(values: Tensor, returns: Tensor, mask: Tensor) -> tuple[Moments, Moments]:
