@@ -52,15 +52,12 @@ def prepare(
         if ref.from_:
             parents[key] = resolve_parent(ref.from_, run, kinds, f"{key}.from", loaded.place(f"{key}.from"))
     check_tokenizers(loaded, parents)
-    from rlhf.data.sources import check_sources, fingerprints  # the first rows of local files; datasets only if it must
-
-    check_sources(recipe.data, DATA_KIND[stage])
     resolved = dump_recipe(recipe)
     inputs = {
         "stage": stage,
         "recipe": recipe.model_dump(mode="json", by_alias=True),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
-        "data": fingerprints(recipe.data),
+        "data": check_data(recipe, stage),
         "code": {str(file): hash_file(file) for file in sorted(code)},
     }
     folder = run.stage(name or stage)
@@ -102,3 +99,12 @@ def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:
                     where=loaded.place(f"{key}.from"),
                     fix="Train both from the same SFT stage: model: {from: sft} in the recipe of each.",
                 )
+
+
+def check_data(recipe: Recipe, stage: str) -> dict[str, str]:
+    """Look at the first row of every local source; returns the identity of each source's content, by recipe key."""
+    from rlhf.data.sources import check_sources, fingerprint, named_sources  # imports datasets only where it must
+
+    sources = dict(named_sources(recipe.data)) | ({"data.eval": recipe.data.eval} if recipe.data.eval else {})
+    facts = check_sources(recipe.data, DATA_KIND[stage])
+    return {fact.key: fingerprint(sources[fact.key], fact.located) for fact in facts}

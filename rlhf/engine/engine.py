@@ -68,6 +68,11 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
 
+    def num_elements(self) -> tuple[int, int]:
+        """(trained weights, all weights), counted whole whatever this rank holds."""
+        counts = [(p.requires_grad, zero.full_shape(p).numel()) for p in self.module.parameters()]
+        return sum(count for is_trained, count in counts if is_trained), sum(count for _, count in counts)
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """No gradients and eval mode inside; the mode is restored afterwards."""

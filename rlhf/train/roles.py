@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-from torch import nn
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.engine.engine import Engine
-from rlhf.models.build import Setup, build_policy, build_scorer, describe, has_score_head
-from rlhf.models.forward import PolicyModule, ScorerModule
+from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head
+from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
@@ -102,16 +101,10 @@ def _source(job: Job) -> str | InitBlock:
     return block.init if block.init is not None else job.source("model", block)
 
 
-def _engine(role: str, module: nn.Module, zero: ZeroBlock, dtype: str, optim: OptimBlock | None = None) -> Engine:
-    facts = describe(module.model)  # type: ignore[arg-type]
-    trained = f"{facts['trained']:,} trained" if optim else "frozen"
-    logger.info(
-        "%s: %s, %s parameters (%s), %s, ZeRO-%d",
-        role,
-        facts["architecture"],
-        f"{facts['parameters']:,}",
-        trained,
-        dtype,
-        zero.stage,
-    )
-    return Engine(module, zero, bf16=dtype == "bf16", optim=optim)
+def _engine(role: str, module: RoleModule, zero: ZeroBlock, dtype: str, optim: OptimBlock | None = None) -> Engine:
+    engine = Engine(module, zero, bf16=dtype == "bf16", optim=optim)
+    trained, total = engine.num_elements()
+    text = "frozen" if optim is None else f"{trained:,} trained"
+    kind = type(module.core).__name__
+    logger.info("%s: %s, %s parameters (%s), %s, ZeRO-%d", role, kind, f"{total:,}", text, dtype, zero.stage)
+    return engine

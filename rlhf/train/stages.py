@@ -13,6 +13,7 @@ from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine.engine import Engine
 from rlhf.errors import RecipeError
 from rlhf.models.tokenizer import decoder
+from rlhf.recipe.explain import offline_steps
 from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
@@ -33,7 +34,7 @@ from rlhf.train.online import OnlineCollector, Sampler
 from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
 from rlhf.train.samples import SampleWriter
-from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate, training_steps
+from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 DATA_KIND = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
 
@@ -110,7 +111,7 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         return pair_logprobs(roles.reference(job, tokenizer, engine), both, recipe.train.micro_batch)
 
     key = reference_key(job, tokenizer, [*data.train, *data.eval])
-    chosen, rejected = cached_pair_logprobs(job.folder.run.root / "cache", key, both.lengths, compute)
+    chosen, rejected = cached_pair_logprobs(job.folder.root / "cache", key, both.lengths, compute)
     split = len(data.train)
     train = with_reference(pair_dataset(data.train, tokenizer.pad_token_id), chosen[:split], rejected[:split])
     held_out = with_reference(pair_dataset(data.eval, tokenizer.pad_token_id), chosen[split:], rejected[split:])
@@ -321,7 +322,7 @@ def _shown(recipe: Recipe, data: Loaded, convert: Callable[[Any], PromptExample]
 
 
 def _steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:
-    return training_steps(len(train), recipe.train.batch_size, recipe.train.epochs, recipe.train.steps)
+    return offline_steps(recipe.train, len(train))
 
 
 def new_tokens(recipe: Recipe) -> int:

@@ -72,8 +72,3 @@ def evaluate(objective: Objective, data: Dataset, micro_batch: int) -> dict[str,
             counts = {name: torch.as_tensor(count * weight) for name, count in objective.counts(batch).items()}
             meter.add_counts(dist.sum_over_ranks(counts))
     return {f"eval/{name}": value for name, value in meter.means().items()}
-
-
-def training_steps(rows: int, batch_size: int, epochs: float, steps: int | None) -> int:
-    """Optimizer steps of an offline stage: as asked, or whole passes rounded up to full batches."""
-    return steps if steps is not None else max(1, math.ceil(rows * epochs / batch_size))

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from rich.console import Console
-from rich.logging import RichHandler
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
@@ -82,7 +81,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
             save=lambda done: save_checkpoint(folder, parts.engines, done, recipe.checkpoint.keep),
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
         )
-        log = MetricsLog(folder.metrics, recipe.log, f"{folder.run.root.name}/{folder.name}")
+        log = MetricsLog(folder.metrics, recipe.log, f"{folder.root.name}/{folder.name}")
         metrics = fit(stage, first_step, log, progress, stop)
     publish(job, parts, tokenizer)
     key = metrics.get(parts.key_metric)
@@ -155,13 +154,26 @@ def opened(job: Job) -> Iterator[tuple[str, Path | None]]:
             yield answer
 
 
+class ConsoleHandler(logging.Handler):
+    """Log lines above the progress bar, unbroken, warnings in yellow."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+        self.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+
+    def emit(self, record: logging.LogRecord) -> None:
+        style = "yellow" if record.levelno >= logging.WARNING else ""
+        self.console.print(self.format(record), style=style, markup=False, highlight=False, soft_wrap=True)
+
+
 @contextmanager
 def logging_to(job: Job, console: Console) -> Iterator[None]:
     """The stage's log: log.txt and the console on rank 0, warnings of other ranks on the console."""
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     root = logging.getLogger("rlhf")
-    screen = RichHandler(console=console, show_path=False, show_level=False, markup=False, log_time_format="%H:%M:%S")
+    screen = ConsoleHandler(console)
     screen.setLevel(logging.INFO if dist.is_main() else logging.WARNING)
     handlers: list[logging.Handler] = [screen, *([job.folder.log_handler()] if dist.is_main() else [])]
     before = root.level
