@@ -142,7 +142,7 @@ class SourceBlock(Block):
         False, description="labelled rows: pair each label-true answer with a label-false one of the same prompt"
     )
     weight: float = Field(
-        1.0, gt=0, description="share of its rows that a source gives, relative to the largest weight; all equal: all rows"
+        1.0, gt=0, description="share of its rows that a source gives, relative to the largest weight"
     )
     limit: int | None = Field(None, ge=1, description="read at most this many rows")
 
