@@ -117,6 +117,15 @@ def test_a_worker_is_known_by_its_environment(bare: pytest.MonkeyPatch) -> None:
     assert launch.is_worker() and launch.launcher_pid() == 123
 
 
+def test_the_kernel_tells_a_rank_of_its_parents_death() -> None:
+    script = (
+        "import ctypes; from rlhf.launch import die_with_parent; die_with_parent(); signal = ctypes.c_int()\n"
+        "ctypes.CDLL(None).prctl(2, ctypes.byref(signal)); print(signal.value)"
+    )
+    run = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == f"{signal.SIGTERM:d}\n"
+
+
 # ---- what became of it -----------------------------------------------------------------------------------------------
 
 
