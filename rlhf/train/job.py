@@ -27,6 +27,10 @@ class Job:
     launcher: int | None = None  # pid of the command that started the ranks and holds the stage folder
     code: frozenset[Path] = frozenset()  # reward files that the user named on the command line
 
+    def distinct_parents(self) -> list[Parent]:
+        """The finished stages that this one starts from, each once."""
+        return list({parent.path: parent for parent in self.parents.values()}.values())
+
     def source(self, key: str, ref: ModelRef) -> str:
         """The folder or hub id of the model that a recipe key names."""
         if key in self.parents:

@@ -71,10 +71,9 @@ class Progress:
 
     def show_sample(self, prompt: str, answer: str, score: float | None) -> None:
         """One sample generation, above the bar."""
-        line = Text.assemble(
-            (prompt, "dim"), (answer, "green"), (f"  [{score:.2f}]" if score is not None else "", "bold")
-        )
-        self._bar.console.print(line)
+        shown = "" if score is None else f"  [{score:.2f}]"
+        line = Text.assemble("  > ", (prompt, "dim"), " | ", (answer, "green"), (shown, "bold"))
+        self._bar.console.print(line, soft_wrap=True)
 
 
 def _short(value: float) -> str:

@@ -12,7 +12,7 @@ from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
-from rlhf.rewards.base import RULES
+from rlhf.rewards.rules import RULES
 from rlhf.rewards.scorer import Part, Scorer, model_part, rule_part
 from rlhf.train.job import Job
 from rlhf.train.objectives import bind

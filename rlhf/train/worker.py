@@ -66,7 +66,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     if dist.is_main():
         folder.write_recipe(job.recipe_text, job.resolved_text)
         folder.write_provenance(
-            devices=devices(), seed=seed, parents=list(job.parents.values()), data=data.report.as_dict()
+            devices=devices(), seed=seed, parents=job.distinct_parents(), data=data.report.as_dict()
         )
     parts = stages.assemble(job, tokenizer, data)
     first_step = load_checkpoint(checkpoint, parts.engines) if checkpoint else 0
