@@ -14,6 +14,7 @@ from typing import Literal
 
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -193,8 +194,6 @@ def _load_scorer(source: str, setup: Setup, head: Literal["keep", "new"], revisi
         fresh=lambda name: is_new and name == "score.weight",
         unused=lambda name: is_new and name.startswith(("lm_head.", "embed_out.")),
     )
-    if not hasattr(model, "score"):
-        raise CheckpointError(f"expected a decoder with a `score` head, found a {type(model).__name__}", where=source)
     return model
 
 
@@ -203,6 +202,8 @@ def draw_head(model: nn.Module, seed: int) -> None:
 
     Scores then start with a variance near 1 on normalised hidden states, whatever the model's width.
     """
+    if not hasattr(model, "score"):
+        raise CheckpointError(f"expected a decoder with a `score` head, found a {type(model).__name__}")
     weight = model.score.weight
     assert weight.dim() == 2 and weight.shape[0] == 1, f"expected a head of (1, hidden), found {tuple(weight.shape)}"
     draws = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
@@ -283,6 +284,13 @@ def add_lora(model: nn.Module, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ
         raise RecipeError(
             str(error).splitlines()[0], where="model.lora.target", fix="Name modules of this model, or use all-linear."
         ) from error
+    others = sorted({type(m).__name__ for m in adapted.modules() if isinstance(m, LoraLayer)} - {"Linear", "Embedding"})
+    if others:
+        raise RecipeError(
+            f"expected linear layers, found {', '.join(others)}, whose update cannot be merged for publishing",
+            where="model.lora.target",
+            fix="List the projections by name, e.g. [q_proj, k_proj, v_proj, o_proj].",
+        )
     names = {name for name, _ in adapted.named_modules()}
     wrapped = sorted(name for name in shared if f"base_model.model.{name}.base_layer" in names)
     if wrapped:

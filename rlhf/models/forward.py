@@ -29,7 +29,7 @@ class RoleModule(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._takes_positions = "position_ids" in inspect.signature(self.backbone.forward).parameters
+        self._takes_positions = "position_ids" in inspect.signature(self.called.forward).parameters
 
     @property
     def core(self) -> nn.Module:
@@ -37,9 +37,9 @@ class RoleModule(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
-    def backbone(self) -> nn.Module:
-        """The model without its head."""
-        return getattr(self.core, self.core.base_model_prefix)
+    def called(self) -> nn.Module:
+        """The part of the model that `forward` calls first; it takes the ids."""
+        return self.core
 
     def inputs(self, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
         """Arguments of the Hugging Face forward for ids padded on either side.
@@ -111,12 +111,26 @@ class PolicyModule(RoleModule):
 class ScorerModule(RoleModule):
     """Scores of whole sequences, or values of each state, under a model with a scalar head."""
 
+    def __init__(self, model: nn.Module) -> None:
+        core = model.get_base_model() if isinstance(model, PeftModel) else model
+        if not hasattr(core, "score") or not hasattr(core, core.base_model_prefix):
+            raise CheckpointError(
+                f"expected a decoder with a `score` head, found a {type(core).__name__}",
+                fix="Use an architecture whose transformers class for sequence classification has one.",
+            )
+        super().__init__(model)
+
+    @property
+    def called(self) -> nn.Module:
+        """The model without its head."""
+        return getattr(self.core, self.core.base_model_prefix)
+
     def forward(self, ids: Tensor, attention: Tensor, start: int | None = None) -> Tensor:
         """start None: the score at each row's last attended token, (B,) float32.
 
         Else values (B, T - start) float32: of the state before token t, for t in start..T-1, so read at position t - 1.
         """
-        hidden = self.backbone(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
+        hidden = self.called(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
         if start is not None:
             assert 1 <= start < ids.shape[1], f"start: expected 1..{ids.shape[1] - 1}, found {start}"
             return self.head(hidden[:, start - 1 : -1])

@@ -7,7 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForSequenceClassification,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head, max_positions, seeded
@@ -301,3 +307,28 @@ def test_adapters_that_cannot_be_merged_are_refused(tokenizer, policy_folder, tm
     config.write_text(json.dumps({**json.loads(config.read_text()), **change}))
     with pytest.raises(UnsafeError if "auto_map" in change else CheckpointError):
         build_policy(str(tmp_path / "lora"), tokenizer, SETUP)
+
+
+def test_experts_get_no_adapter(tokenizer, tmp_path):
+    config = MixtralConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_local_experts=2,
+    )
+    MixtralForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(RecipeError, match="cannot be merged"):
+        build_policy(str(tmp_path), tokenizer, replace(SETUP, lora=LoraBlock(rank=2)))
+    assert build_policy(str(tmp_path), tokenizer, replace(SETUP, lora=LoraBlock(rank=2, target=["q_proj"])))
+
+
+def test_a_model_without_a_score_head_is_no_scorer(tokenizer, tmp_path):
+    config = BertConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=16, num_hidden_layers=1, num_attention_heads=4
+    )
+    config.num_labels = 1
+    BertForSequenceClassification(config).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="`score` head, found a BertForSequenceClassification"):
+        build_scorer(str(tmp_path), tokenizer, SETUP, head="new")

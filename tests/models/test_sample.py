@@ -156,7 +156,7 @@ def test_modes_come_back_and_checkpointing_does_not_hurt(tiny, family, prompts):
     policy = PolicyModule(add_lora(model, LoraBlock(rank=2), "CAUSAL_LM"))
     policy.model.enable_input_require_grads()
     policy.train()
-    next(iter(policy.backbone.children())).eval()
+    next(iter(policy.core.children())).eval()
     modes = [module.training for module in policy.modules()]
     rollout = answer(policy, prompts)
     assert [module.training for module in policy.modules()] == modes
