@@ -16,6 +16,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -75,7 +76,9 @@ class ChatTemplate:
                 fix="Give the tokenizer an eos_token, or choose a model.chat_template that ends answers with a token.",
             )
         self.end_token: str = self._last_added(end) if end is not None else tokenizer.eos_token
-        self._encoder = Encoder(tokenizer, self._structure())
+        special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+        self._control = special | set(tokenizer.all_special_tokens) | self._structure()
+        self._encoder = Encoder(tokenizer, self._control)
 
     def _structure(self) -> set[str]:
         """Added tokens by which the template tells turns apart; some tokenizers do not call these special.
@@ -183,27 +186,23 @@ class ChatTemplate:
         spans = []
         for i, one in enumerate(messages):  # the template looks into contents: replace one at a time
             marked = [*messages[:i], message(one["role"], _MARK), *messages[i + 1 :]]
-            before, found, after = self._render(marked, True, where).partition(_MARK)
-            if not found:
-                continue
-            if _MARK in after or not (text.startswith(before) and text.endswith(after)):
-                span = self._find(one["content"], text, i, where)
-            else:
-                span = (len(before), max(len(before), len(text) - len(after)))
-            spans += span if isinstance(span, list) else [span]
+            shown = self._render(marked, True, where)
+            before, found, after = shown.partition(_MARK)
+            if found and _MARK not in after and text.startswith(before) and text.endswith(after):
+                spans.append((len(before), max(len(before), len(text) - len(after))))
+            elif found:
+                spans += self._find(one["content"], text, shown, where)
         return sorted(spans)
 
-    def _find(self, content: str, text: str, index: int, where: str) -> list[Span]:
-        """Every place of a content that the template repeats or rewrites."""
+    def _find(self, content: str, text: str, shown: str, where: str) -> list[Span]:
+        """Every place of a content that the template repeats or rearranges; `shown` has a mark in its place."""
         words = content.strip()
-        places, at = [], text.find(words) if words else -1
-        while at >= 0:
-            places.append((at, at + len(words)))
-            at = text.find(words, at + len(words))
-        if words and not places and any(token in content for token in self._added):
+        places = [(m.start(), m.end()) for m in re.finditer(re.escape(words), text)] if words else []
+        if not places and any(text.count(token) > shown.count(token) for token in self._control):
             raise DataError(
-                f"message {index}: expected text, found a control token in a message that the chat template rewrites",
+                "messages: expected text, found a control token in a message that the chat template rearranges",
                 where=where,
+                fix="Remove control tokens from the row's text.",
             )
         return places
 

@@ -39,19 +39,16 @@ class Conversation:
 class Encoder:
     """A tokenizer that keeps control tokens for the template.
 
-    control: further tokens that only the template may write, beside those the tokenizer calls special.
+    control: the tokens that only the template may write.
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, control: Iterable[str]) -> None:
         self._tokenizer = tokenizer
-        added = {token.content: index for index, token in tokenizer.added_tokens_decoder.items()}
-        special = set(tokenizer.all_special_tokens) | {
-            token.content for token in tokenizer.added_tokens_decoder.values() if token.special
-        }
-        only = special | set(control)
-        self._control_ids = np.array(sorted(tokenizer.convert_tokens_to_ids(token) for token in only), np.int32)
+        only = sorted(control)
+        self._control_ids = np.array([tokenizer.convert_tokens_to_ids(token) for token in only], np.int32)
         self._control = _starts(only)
-        self._added = tuple(sorted(special | added.keys(), key=len, reverse=True))
+        added = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        self._added = tuple(sorted(added.union(only), key=len, reverse=True))
         # SentencePiece-style tokenizers put a space before the first word of a text. A region is no new text: such
         # tokenizers get a line break to start from, whose tokens are taken off again.
         newline, joined, alone = self._tokenize(["\n", "\na", "a"])

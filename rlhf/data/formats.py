@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
 from collections import Counter, defaultdict, deque
@@ -9,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlhf.data.mapping import did_you_mean
+from rlhf.data.mapping import NAMES, did_you_mean
 from rlhf.data.messages import (
     Message,
     as_text,
@@ -112,13 +113,23 @@ def _unknown(row: dict[str, Any], where: str, source: SourceBlock) -> DataError:
     else:
         shapes = [needs for name, needs in _SHAPES if name == "labelled" or not source.pair_labels]
     wanted = dict.fromkeys(" + ".join(needs) for needs in shapes)
-    missing = next((need for needs in shapes for need in needs if need not in row and did_you_mean(need, row)), None)
-    near = f"{did_you_mean(missing, row).rstrip('?')} for {missing}? " if missing else ""
     return DataError(
         f"columns: expected {', or '.join(wanted)}, found {', '.join(row) or 'none'}",
         where=where,
-        fix=f"{near}Say which column is which in the recipe's `columns`, e.g. columns: {{prompt: question}}.",
+        fix=f"Say which column is which in the recipe's `columns`, e.g. columns: {_nearest(row, shapes)}.",
     )
+
+
+def _nearest(row: dict[str, Any], shapes: list[tuple[str, ...]]) -> str:
+    """The likeliest misnamed column as an entry of `columns`."""
+    pairs = [
+        (difflib.SequenceMatcher(None, need, column).ratio(), need, column)
+        for need in dict.fromkeys(need for needs in shapes for need in needs if need not in row)
+        for column in row
+        if column not in NAMES
+    ]
+    likeness, need, column = max(pairs, default=(0.0, "", ""))
+    return f"{{{need}: {column}}}" if likeness > 0.6 else "{prompt: question}"
 
 
 def require(found: str, kind: Kind, where: str, source: SourceBlock) -> None:

@@ -128,7 +128,7 @@ def _parse(text: str, at: int, path: Path, first_line: int) -> tuple[Any, int]:
 def _snippet(text: str, at: int) -> str:
     rest = text[at:].split("\n", 1)[0].rstrip("\r")
     if not rest:
-        return "the end of the line" if at < len(text) else "the end of the text"
+        return "the end"
     return repr(rest[:_PLACES_SHOWN] + ("..." if len(rest) > _PLACES_SHOWN else ""))
 
 
@@ -141,7 +141,7 @@ def _row(value: Any, place: str) -> Row:
 def _read_jsonl(path: Path) -> Iterator[Row]:
     for number, line in _lines(path):
         if line.strip():
-            yield _whole_line(line, path, number)
+            yield _whole_line(line.rstrip("\r\n"), path, number)
 
 
 def _whole_line(line: str, path: Path, number: int) -> Row:
