@@ -7,21 +7,26 @@ imported. Code is never run from a dataset: loading scripts and pickles are not 
 from __future__ import annotations
 
 import difflib
+import functools
 import hashlib
 import itertools
+import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.data.demo import demo_rows
 from rlhf.data.formats import Kind, detect, require
 from rlhf.data.mapping import Mapping
 from rlhf.data.readers import SUFFIXES, Row, read_file, suffix_of
 from rlhf.errors import DataError, RecipeError, ServiceError, UnsafeError
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
+DEMO = "demo:"  # rows that are generated on the spot, see rlhf/data/demo.py
+DEMO_NAMES = ("sft", "pairs", "prompts", "eval_prompts", "eval_pairs")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves beside the data
 _SPLITS = {
@@ -35,7 +40,7 @@ _SPLITS = {
 class Located:
     """What a source's path stands for."""
 
-    kind: Literal["files", "saved", "hub"]
+    kind: Literal["files", "saved", "hub", "demo"]
     files: tuple[Path, ...] = ()  # in reading order; of a saved dataset: all its files
     folder: Path | None = None
 
@@ -80,11 +85,22 @@ def _check(source: SourceBlock, key: str, kind: Kind) -> SourceFacts:
     return SourceFacts(key, str(source.path), located, found, tuple(row))
 
 
+def _demo_name(source: SourceBlock) -> str:
+    return str(source.path).removeprefix(DEMO)
+
+
+@functools.cache
+def _demo_rows(name: str) -> list[dict[str, str]]:
+    return demo_rows(name)
+
+
 def fingerprint(source: SourceBlock, located: Located) -> str:
     """A source's identity: SHA-256 over the bytes of its files; of a hub id: its name, revision and split."""
     if located.kind == "hub":
         return f"hub:{source.path}@{source.revision or 'main'}/{source.name}/{source.data_dir}/{source.split}"
     digest = hashlib.sha256()
+    if located.kind == "demo":
+        digest.update(json.dumps(_demo_rows(_demo_name(source))).encode())
     for path in located.files:
         with path.open("rb") as file:
             while block := file.read(1 << 20):
@@ -99,6 +115,11 @@ def locate(source: SourceBlock, key: str) -> Located:
     """Find a source's files, or decide that it is a hub id."""
     if not source.path:
         raise RecipeError("expected a file, folder or hub id, found none", where=f"{key}.path")
+    if source.path.startswith(DEMO):
+        if _demo_name(source) not in DEMO_NAMES:
+            names = ", ".join(DEMO + name for name in DEMO_NAMES)
+            raise DataError(f"expected one of {names}, found {source.path}", where=f"{key}.path")
+        return Located("demo")
     path = Path(source.path).expanduser()
     if not path.exists():
         if _HUB_ID.fullmatch(source.path) and suffix_of(path) is None:
@@ -196,8 +217,11 @@ def _or(words: tuple[str, ...]) -> str:
 def read_rows(source: SourceBlock, key: str) -> Iterator[Row]:
     """The rows of a source as they stand in its files, at most `limit`; at least one."""
     located = locate(source, key)
+    rows: Iterable[Row]
     if located.kind == "files":
         rows = itertools.chain.from_iterable(map(read_file, located.files))
+    elif located.kind == "demo":
+        rows = ((f"{source.path}:{number}", row) for number, row in enumerate(_demo_rows(_demo_name(source)), start=1))
     else:
         dataset = _load_saved(source, located) if located.kind == "saved" else _load_hub(source, key)
         rows = ((f"{source.path}:row {number}", row) for number, row in enumerate(dataset, start=1))

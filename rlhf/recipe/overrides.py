@@ -15,7 +15,8 @@ def apply_overrides(document: Document, model: type[Block], texts: Sequence[str]
     """Apply every `key=value`, the last one wins. Returns what else was changed by it, to be told to the user.
 
     Setting one of several alternatives (model.from, model.path, model.init) takes the place of another that the file
-    gives: the command line wins. Two alternatives that are both set are left for the checks to refuse.
+    gives: the command line wins. What the file says about a value that is replaced (the split of another dataset) goes
+    with it. Two alternatives that are both set are left for the checks to refuse.
     """
     keys = [_assign(document, model, text, Spot(number, 0, text)) for number, text in enumerate(texts)]
     return [notice for key in keys if key for notice in _drop_alternatives(document, model, key)]
@@ -97,6 +98,7 @@ def _drop_alternatives(document: Document, model: type[Block], key: str) -> Iter
         shape = shape_at(model, path[:depth], document.values)
         for block in chosen(shape, values) if shape is not None and isinstance(values, dict) else ():
             others = {k for group in block.alternatives if part in group for k in group} - {part}
+            others |= {k for k in block.qualifiers.get(part, ()) if k in values}
             for other in sorted(others) if not _is_absent(values.get(part)) else ():
                 full = ".".join([*path[:depth], other])
                 if not _is_absent(values.get(other)) and not _is_set(document, full):

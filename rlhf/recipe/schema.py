@@ -20,6 +20,8 @@ class Block(BaseModel):
 
     # Groups of keys of which only one may be given; `--set` of one replaces another that the file gives.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # key -> keys that say more about its value; `--set` of the key makes what a file says of the old value void
+    qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {}
 
 
 def conflict(message: str, *keys: str) -> PydanticCustomError:
@@ -55,6 +57,7 @@ class ModelRef(Block):
     """Where a model comes from: a stage (`from`), or a folder or hub id (`path`)."""
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("from", "path"),)
+    qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {key: ("revision",) for key in ("from", "path", "init")}
 
     from_: str | None = Field(
         None, alias="from", description="a stage of this run directory (sft) or of another one (runs/other/sft)"
@@ -114,7 +117,12 @@ class ZeroBlock(Block):
 class SourceBlock(Block):
     """One dataset and how its rows are read."""
 
-    path: str | None = Field(None, description="file, folder of data files, save_to_disk folder, or hub id")
+    qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {"path": ("name", "split", "data_dir", "revision")}
+
+    path: str | None = Field(
+        None,
+        description="file, folder of data files, save_to_disk folder, hub id, or demo:sft, demo:pairs, demo:prompts",
+    )
     name: str | None = Field(None, description="configuration of a hub dataset")
     split: str = Field("train", description="split of a hub dataset or save_to_disk folder")
     data_dir: str | None = Field(None, description="sub-folder of a hub dataset")

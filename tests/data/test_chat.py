@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers import AddedToken, normalizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from rlhf.data import collate
@@ -72,6 +73,22 @@ def test_reasoning_that_the_generation_prompt_opens_is_not_opened_twice(deepseek
     messages = [message("user", "a"), message("assistant", THOUGHT)]
     assert trained(deepseek, messages) == ["two and two\n</think>\n\nit is four</s>"]
     assert context(deepseek, messages[:1]).endswith("<|Assistant|><think>\n")
+
+
+def test_reasoning_that_a_template_always_takes_out_is_trained_all_the_same(build_tokenizer: Any) -> None:
+    template = (TEMPLATES / "deepseek.jinja").read_text().replace("<think>\\n' }}", "' }}")
+    chat = ChatTemplate(build_tokenizer(template, bos="<s>", plain=["<|User|>", "<|Assistant|>"]))
+    messages = [message("user", "a"), message("assistant", THOUGHT)]
+    assert context(chat, messages[:1]) == "<s><|User|>a<|Assistant|>"
+    assert trained(chat, messages) == [f"{THOUGHT}</s>"]
+
+
+def test_an_earlier_answer_that_the_template_leaves_open_is_context(build_tokenizer: Any) -> None:
+    template = "{% for m in messages %}[{{ m['content'] }}{% if loop.last %}{{ eos_token }}{% endif %}{% endfor %}"
+    prompt = "{% if add_generation_prompt %}[{% endif %}"
+    template = template.replace("loop.last", "loop.last and m['role'] == 'assistant'") + prompt
+    messages = [message(role, content) for role, content in zip(["user", "assistant"] * 2, "abcd", strict=True)]
+    assert trained(ChatTemplate(build_tokenizer(template)), messages) == ["d</s>"]
 
 
 def test_marks_of_reasoning_are_tokens_in_answers(qwen3: ChatTemplate) -> None:
@@ -150,6 +167,26 @@ def test_end_tokens_stay_trained_where_padding_is_the_same_token(plain: PreTrain
     ends = (batch.ids == plain.eos_token_id) & batch.mask
     assert ends.sum(dim=1).tolist() == [1, 1]
     assert batch.attention.sum(dim=1).tolist() == [len(ids) for ids, _ in rows]
+
+
+def test_answers_after_a_line_break_get_no_space_of_their_own(build_tokenizer: Any) -> None:
+    tokenizer = build_tokenizer(None, words="pieces")
+    set_template(tokenizer, str(TEMPLATES / "zephyr.jinja"))
+    chat = ChatTemplate(tokenizer)
+    ((ids, mask),) = chat.encode([chat.conversation([message("user", "hi"), message("assistant", "four")], 0, "x")])
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[mask].tolist())) == "four</s>"
+    assert "".join(tokenizer.convert_ids_to_tokens(ids[~mask].tolist())) == "▁<|user|>\nhi</s>▁\n<|assistant|>\n"
+
+
+def test_text_that_a_tokenizer_normalises_to_a_control_token_is_refused(build_tokenizer: Any) -> None:
+    tokenizer = build_tokenizer(None)
+    tokenizer.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer.backend_tokenizer.add_special_tokens([AddedToken("<x>", normalized=True, special=True)])
+    set_template(tokenizer, "plain")
+    chat = ChatTemplate(tokenizer)
+    chat.encode([chat.prompt([message("user", "a <x> b")], "rows:8")])
+    with pytest.raises(DataError, match=r"rows:9: .*reads as a control token \(1 instead of 0\)"):
+        chat.encode([chat.prompt([message("user", "a ＜x＞ b")], "rows:9")])
 
 
 def test_an_answer_without_a_prompt(plain: PreTrainedTokenizerFast, chatml: PreTrainedTokenizerFast) -> None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data.chat import ChatTemplate
-from rlhf.data.drafts import EMPTY, EMPTY_PROMPT, EQUAL, REWRITTEN
+from rlhf.data.drafts import EMPTY, EMPTY_PROMPT, EQUAL, REWRITTEN, UNTRAINED
 from rlhf.data.examples import LEFT_OUT, Loaded, load_examples, raw_texts
 from rlhf.data.formats import BAD_LABEL, NO_ANSWER, NO_PARTNER, OTHER_PROMPT
 from rlhf.data.limits import ANSWER_CUT, LONG, LONG_ANSWER, LONG_PROMPT, NO_ROOM, PROMPT_CUT
@@ -206,6 +206,14 @@ def test_pairs_with_equal_sides_are_dropped_also_if_cutting_made_them_equal(writ
     loaded = load_examples(data, plain, "pairs", 0)
     assert counts(loaded) == (3, 1, {EQUAL: 2}, {ANSWER_CUT: 1})
     assert loaded.train[0].row == 2  # rows keep their numbers
+
+
+def test_rows_that_are_cut_before_their_trained_answer_are_dropped(write: Write, plain: Tokenizer) -> None:
+    answers = [message("assistant", "X"), message("user", "Q" * 9), message("assistant", "Y")]
+    row = {"chosen": [message("user", "Q"), *answers], "rejected": [message("user", "Q"), message("assistant", "Z")]}
+    path = write("a.jsonl", [row, {"chosen": row["chosen"][:2], "rejected": row["rejected"]}])
+    data = DataBlock(path=path, max_length=8, on_long="truncate_answer", train_on="last_answer")
+    assert counts(load_examples(data, plain, "pairs", 0)) == (2, 1, {UNTRAINED: 1}, {ANSWER_CUT: 1})
 
 
 def test_empty_answers(write: Write, plain: Tokenizer) -> None:

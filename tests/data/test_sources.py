@@ -220,3 +220,16 @@ def test_python_in_a_dataset_folder_is_never_run(write: Write, tmp_path: Path) -
     write("d/a.jsonl", [ROW])
     write("d/b.pkl", b"\x80\x04cos\nsystem\n")
     assert values(SourceBlock(path=str(tmp_path / "d"))) == [ROW]
+
+
+def test_the_embedded_task_is_a_source_of_its_own() -> None:
+    source = SourceBlock(path="demo:pairs", limit=3)
+    rows = list(read_rows(source, "data"))
+    assert [where for where, _ in rows] == ["demo:pairs:1", "demo:pairs:2", "demo:pairs:3"]
+    assert set(rows[0][1]) == {"prompt", "chosen", "rejected"}
+    [facts] = check_sources(DataBlock(path="demo:pairs"), "pairs")
+    assert facts.format == "pairs"
+    prompts = locate(SourceBlock(path="demo:prompts"), "data")
+    assert fingerprint(source, facts.located) != fingerprint(SourceBlock(path="demo:prompts"), prompts)
+    with pytest.raises(DataError, match="expected one of demo:sft, .*found demo:pears"):
+        locate(SourceBlock(path="demo:pears"), "data")

@@ -146,6 +146,17 @@ def test_two_alternatives_on_the_command_line_contradict(refuse: Callable[..., l
     )
 
 
-def test_a_revision_goes_with_its_path(refuse: Callable[..., list[str]]) -> None:
-    [problem] = refuse("model: {path: hub/x, revision: v1}\ndata: {path: x}", "sft", "model.from=sft")
-    assert problem.startswith("r.yaml:1:32: model.revision: expected path beside it, found none")
+def test_a_revision_belongs_to_a_path(refuse: Callable[..., list[str]]) -> None:
+    [problem] = refuse("model: {from: sft, revision: v1}\ndata: {path: x}", "sft")
+    assert problem.startswith("r.yaml:1:31: model.revision: expected path beside it, found none")
+
+
+def test_what_a_file_says_about_a_replaced_value_goes_with_it(load: Callable[..., LoadedRecipe]) -> None:
+    hub = "model: {path: hub/x, revision: v1}\ndata: {path: hub/rows, name: main, split: test, columns: {prompt: q}}"
+    loaded = load(hub, "sft", "model.from=sft", "data.path=rows.jsonl")
+    assert (loaded.recipe.model.path, loaded.recipe.model.revision) == (None, None)
+    assert (loaded.recipe.data.name, loaded.recipe.data.split) == (None, "train")
+    assert loaded.recipe.data.columns == {"prompt": "q"}
+    assert len(loaded.notices) == 4
+    kept = load(hub, "sft", "data.path=other/rows", "data.name=small")
+    assert (kept.recipe.data.name, kept.recipe.data.split) == ("small", "train")
