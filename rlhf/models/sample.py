@@ -106,7 +106,7 @@ class _Decoding:
         self.lengths[self.rows] += self.alive
         self.done += 1
         stops = torch.isin(choice, self.stop_ids)
-        self.finished[self.rows] |= self.alive & stops
+        self.finished[self.rows] |= stops  # rows that do not grow are finished already
         self.alive = self.alive & ~stops
         num_alive = int(self.alive.sum())
         if num_alive == 0 or self.done == self.tokens.shape[1]:

@@ -143,7 +143,7 @@ def test_draws_follow_the_distribution(options):
 def test_no_uniform_draws_an_impossible_token():
     edges = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24, 1.0])
     logits = torch.full((5, 50), -50.0)
-    logits[:, 20:24] = torch.tensor([3.0, 1.0, 2.0, 0.0])
+    logits[:, 20:24] = torch.tensor([1.0, 3.0, 2.0, 0.0])
     choice, logprobs = sample.draw(logits, edges, SamplingBlock(top_k=3))
     assert set(choice.tolist()) <= {20, 21, 22}
     assert choice[0] == 20 and logprobs.isfinite().all()

@@ -148,7 +148,7 @@ def test_two_alternatives_on_the_command_line_contradict(refuse: Callable[..., l
 
 def test_a_revision_belongs_to_a_path(refuse: Callable[..., list[str]]) -> None:
     [problem] = refuse("model: {from: sft, revision: v1}\ndata: {path: x}", "sft")
-    assert problem.startswith("r.yaml:1:31: model.revision: expected path beside it, found none")
+    assert problem.startswith("r.yaml:1:30: model.revision: expected path beside it, found none")
 
 
 def test_what_a_file_says_about_a_replaced_value_goes_with_it(load: Callable[..., LoadedRecipe]) -> None:
