@@ -120,6 +120,8 @@ def build_scorer(
 
 def has_score_head(source: str, revision: str | None) -> bool:
     """Whether a folder or hub id is a scorer by its own account."""
+    if is_adapter(source):
+        return "score" in (read_adapter(source).get("modules_to_save") or [])
     names = read_config(source, revision).architectures or []
     return any(name.endswith("ForSequenceClassification") for name in names)
 

@@ -33,7 +33,10 @@ def is_adapter(source: str) -> bool:
 
 
 def read_config(source: str, revision: str | None) -> PreTrainedConfig:
-    """The configuration of a local folder or hub id."""
+    """The configuration of a local folder or hub id; of an adapter folder, its base model's."""
+    if is_adapter(source):
+        adapter = read_adapter(source)
+        return read_config(adapter["base_model_name_or_path"], adapter.get("revision"))
     check_folder(source)
     with reading(source):
         refuse_code(PreTrainedConfig.get_config_dict(source, revision=revision)[0], f"{source}/config.json")

@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -13,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rlhf.errors import CheckpointError
-from rlhf.models.load import reading, refuse_code
+from rlhf.models.load import is_adapter, read_adapter, reading, refuse_code
 
 logger = logging.getLogger("rlhf.models")
 
@@ -60,7 +61,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | 
 
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local folder or hub id, without running code from it."""
+    """The tokenizer of a local folder or hub id, without running code from it.
+
+    An adapter folder without a tokenizer of its own has its base model's.
+    """
+    if is_adapter(source) and not (Path(source) / "tokenizer_config.json").exists():
+        adapter = read_adapter(source)
+        return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
     with reading(source):
         refuse_code(get_tokenizer_config(source, revision=revision), f"{source}/tokenizer_config.json")
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)

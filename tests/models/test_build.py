@@ -18,6 +18,7 @@ from transformers import (
 from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head, max_positions, seeded
 from rlhf.models.forward import PolicyModule, ScorerModule
+from rlhf.models.load import read_config
 from rlhf.recipe.schema import InitBlock, LoraBlock, ModelBlock
 
 INIT = InitBlock(hidden=32, layers=2, heads=4, kv_heads=2, context=64)
@@ -228,6 +229,9 @@ def test_an_adapter_folder_is_merged_into_its_base(tokenizer, policy_folder, tmp
         options = {"start": 2} if kind == "policy" else {}
         expected = module(adapted)(ids, torch.ones_like(ids), **options)
         torch.testing.assert_close(module(merged)(ids, torch.ones_like(ids), **options), expected, atol=1e-5, rtol=0)
+    assert has_score_head(str(tmp_path / "scorer-adapter"), None)
+    assert not has_score_head(str(tmp_path / "policy-adapter"), None)
+    assert read_config(str(tmp_path / "policy-adapter"), None).hidden_size == 32
     with pytest.raises(CheckpointError, match="no score head"):
         build_scorer(str(tmp_path / "policy-adapter"), tokenizer, SETUP, head="keep")
 

@@ -49,6 +49,18 @@ def test_a_published_tokenizer_is_read_back_equal(tmp_path):
         assert (again.pad_token_id, again.eos_token_id) == (0, 2)
 
 
+def test_an_adapter_has_its_own_tokenizer_or_its_base_models(tmp_path):
+    trained().save_pretrained(tmp_path / "base")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    config = {"peft_type": "LORA", "base_model_name_or_path": str(tmp_path / "base")}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    (adapter / "adapter_model.safetensors").touch()
+    assert load_tokenizer(str(adapter), None).eos_token == "<|eos|>"
+    trained(eos_token="<|im_end|>").save_pretrained(adapter)
+    assert load_tokenizer(str(adapter), None).eos_token == "<|im_end|>"
+
+
 def test_its_own_padding_token_is_kept():
     pad = ensure_pad(trained(), LlamaConfig(vocab_size=290))
     assert (pad.token, pad.id, pad.origin, pad.embeddings) == ("<|pad|>", 0, "own", None)
