@@ -1,0 +1,1 @@
+"""Evaluation: pure metrics, and the judgement of the embedded demo."""

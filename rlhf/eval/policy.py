@@ -1,0 +1,91 @@
+"""Published models, asked: answers of a policy with its distance to a reference, scores of a reward model on pairs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from rlhf.data import collate
+from rlhf.data.examples import load_examples
+from rlhf.models.build import Setup, build_policy, build_scorer
+from rlhf.models.forward import PolicyModule, ScorerModule
+from rlhf.models.sample import generate
+from rlhf.models.tokenizer import decoder, load_tokenizer
+from rlhf.recipe.schema import DataBlock, SamplingBlock
+from rlhf.run.stage import StageDir
+
+Item = TypeVar("Item")
+_FROZEN = Setup.frozen("fp32", "sdpa")
+_ROWS = 128  # rows that are sampled or scored together
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One answer to each prompt, in the order of their source."""
+
+    texts: list[str]
+    kl: list[float]  # nats per answer: log-prob under the policy - log-prob under the reference (k1, unbiased)
+
+
+def load_policy(stage: StageDir) -> PolicyModule:
+    """The policy that a stage published, frozen."""
+    folder = str(stage.model)
+    return PolicyModule(build_policy(folder, load_tokenizer(folder, None), _FROZEN))
+
+
+@torch.no_grad()
+def evaluate_policy(stage: StageDir, reference: PolicyModule, prompts: str, sampling: SamplingBlock) -> Answers:
+    """Sample one answer per prompt from the policy of a finished stage.
+
+    prompts: path of a source of prompts, tokenised as the stage's own tokenizer and template say. The seed of an answer
+    is the row number of its prompt, so that stages that share a tokenizer draw from equal random numbers.
+    """
+    policy = load_policy(stage)
+    tokenizer = load_tokenizer(str(stage.model), None)
+    facts = stage.read_manifest()["facts"]
+    examples = load_examples(DataBlock(path=prompts), tokenizer, "prompts", seed=0).train
+    texts: list[str] = []
+    kl: list[float] = []
+    for part in _parts(examples):
+        rollout = generate(
+            policy,
+            collate.prompts(part, facts["pad_id"]),
+            answers=1,
+            sampling=sampling,
+            stop_ids=facts["stop_ids"],
+            pad_id=facts["pad_id"],
+            seeds=[example.row for example in part],
+            decode=decoder(tokenizer),
+        )
+        start = rollout.ids.shape[1] - rollout.response_mask.shape[1]
+        distances = _distances(policy, reference, rollout.ids, rollout.attention, start, sampling)
+        kl += torch.where(rollout.response_mask, distances, 0.0).double().sum(-1).tolist()
+        texts += rollout.texts
+    return Answers(texts, kl)
+
+
+def _distances(policy: PolicyModule, reference: PolicyModule, *inputs: Any) -> torch.Tensor:
+    return policy(*inputs) - reference(*inputs)
+
+
+@torch.no_grad()
+def score_pairs(stage: StageDir, pairs: str) -> tuple[list[float], list[float]]:
+    """Scores of the chosen and the rejected sides of a source of pairs, under the reward model of a finished stage."""
+    folder = str(stage.model)
+    tokenizer = load_tokenizer(folder, None)
+    model = ScorerModule(build_scorer(folder, tokenizer, _FROZEN, head="keep"))
+    examples = load_examples(DataBlock(path=pairs), tokenizer, "pairs", seed=0).train
+    sides: tuple[list[float], list[float]] = ([], [])
+    for part in _parts(examples):
+        batch = collate.pairs(part, tokenizer.pad_token_id)
+        for scores, tokens in zip(sides, (batch.chosen, batch.rejected), strict=True):
+            scores += model(tokens.ids, tokens.attention).tolist()
+    return sides
+
+
+def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
+    for start in range(0, len(items), _ROWS):
+        yield items[start : start + _ROWS]
