@@ -132,11 +132,8 @@ class ChatTemplate:
         return self._last_context[1]
 
     def _make_context(self, messages: list[Message], where: str) -> list[tuple[Region, int | None]]:
-        if not messages:
-            before = self._render([message("assistant", _MARK)], False, where).partition(_MARK)[0]
-            return [(Region(((before, False),)), None)] if before else []
-        text = self._render(messages, True, where)
-        spans = self._spans(messages, text, where)
+        text = self._prompt_text(messages, where)
+        spans = self._spans(messages, text, where) if messages else []
         regions: list[tuple[Region, int | None]] = []
         at = 0
         for i, one in enumerate(messages):
@@ -156,19 +153,23 @@ class ChatTemplate:
         regions.append((Region(cut_pieces(text, at, len(text), spans)), None))
         return [(region, index) for region, index in regions if region.pieces]
 
+    def _prompt_text(self, messages: list[Message], where: str) -> str:
+        """All that stands before an answer to `messages`; templates do not render none, but they do a bare answer."""
+        if messages:
+            return self._render(messages, True, where)
+        return self._render([message("assistant", _MARK)], False, where).partition(_MARK)[0]
+
     def _answer(self, messages: list[Message], where: str) -> _Answer:
         """The last message as the answer of a rollout after the others."""
         content = messages[-1]["content"]
         text = self._render(messages, False, where)
-        prompt = self._render(messages[:-1], True, where) if len(messages) > 1 else None
+        prompt = self._prompt_text(messages[:-1], where)
         after, body = self._after_last, None
-        if prompt is not None and text.startswith(prompt) and text.endswith(after):
+        if text.startswith(prompt) and text.endswith(after):
             body = text[len(prompt) : len(text) - len(after)]
         if body is None or not holds(body, content):
-            before, _, after = self._render([*messages[:-1], message("assistant", _MARK)], False, where).rpartition(
-                _MARK
-            )
-            prompt = before if prompt is None else prompt
+            marked = self._render([*messages[:-1], message("assistant", _MARK)], False, where)
+            before, _, after = marked.rpartition(_MARK)
             if text.startswith(prompt) and text.endswith(after):
                 body = text[len(prompt) : len(text) - len(after)]
             if body is None or not holds(body, content):
@@ -301,7 +302,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
 
 def _read_template(name: str) -> str:
     if name in BUILT_IN:
-        return resources.files("rlhf.data").joinpath("templates", f"{name}.jinja").read_text(encoding="utf-8")
+        return (resources.files("rlhf.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
     path = Path(name).expanduser()
     if path.suffix != ".jinja" or not path.is_file():
         raise RecipeError(

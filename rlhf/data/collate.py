@@ -20,15 +20,15 @@ def tokens(examples: Sequence[TokenExample], pad_id: int) -> Tokens:
 
 def pairs(examples: Sequence[PairExample], pad_id: int) -> Pairs:
     """Both sides of every pair with the prompt in front, each side padded to its own longest row."""
-    sides = []
+    sides: dict[str, Tokens] = {}
     for name in ("chosen", "rejected"):
         answers = [getattr(e, f"{name}_ids") for e in examples]
         masks = [getattr(e, f"{name}_mask") for e in examples]
         ids = [np.concatenate([e.prompt_ids, answer]) for e, answer in zip(examples, answers, strict=True)]
         prompt = [np.zeros(len(e.prompt_ids), np.bool_) for e in examples]
-        sides.append(_right(ids, [np.concatenate(both) for both in zip(prompt, masks, strict=True)], pad_id))
+        sides[name] = _right(ids, [np.concatenate(both) for both in zip(prompt, masks, strict=True)], pad_id)
     margin = torch.tensor([e.margin for e in examples], dtype=torch.float32)
-    return Pairs(*sides, margin=margin, rows=[e.row for e in examples])
+    return Pairs(sides["chosen"], sides["rejected"], margin, rows=[e.row for e in examples])
 
 
 def prompts(examples: Sequence[PromptExample], pad_id: int) -> Prompts:

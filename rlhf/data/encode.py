@@ -112,7 +112,8 @@ class Encoder:
             return_token_type_ids=False,
             verbose=False,
         )
-        return made["input_ids"]
+        ids: list[list[int]] = made["input_ids"]
+        return ids
 
     def _join(
         self, row: Conversation, keys: list[list[tuple[str, str]]], known: dict[tuple[str, str], list[int]]

@@ -76,7 +76,7 @@ def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Each token's own text. Tokens that are part of a character show as the vocabulary writes them."""
     words = []
     for index, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):
-        text = tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = str(tokenizer.decode([index], skip_special_tokens=False, clean_up_tokenization_spaces=False))
         if token[:1] == "▁" and not text.startswith(" "):  # decoding strips the space of a first token
             text = " " + text
         words.append(str(token) if "\ufffd" in text else text)
