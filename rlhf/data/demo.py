@@ -37,7 +37,7 @@ DEGREES = {word: degree for kind, degree in (("MORE", 1.5), ("LESS", 0.5)) for w
 NEGATED = -0.5  # "not dull" is worth less than "clever"
 VALUES = {word: value for kind, value in POLARITY.items() for word in LEXICON[kind]}
 
-_DAMAGED = 0.2  # share of candidate answers that are damaged, so that pairs also tell grammar from its ruins
+_DAMAGED = 0.1  # share of candidate answers that are damaged, so that pairs also tell grammar from its ruins
 _HELD_OUT = 0.2  # share of all prompts that no training file contains
 _PROMPT_WORDS = (4, 9)
 _ALL_WORDS = sorted(VOCABULARY)
@@ -170,22 +170,15 @@ def _one_clause_more(words: list[str], rng: random.Random) -> list[str]:
 
 
 def _damage(words: list[str], rng: random.Random) -> list[str]:
-    """The same words with one thing wrong, of the kinds that policies get wrong.
+    """The same words with one thing wrong, of the kinds that policies get wrong. By chance it may still be a review.
 
-    A clause too many (what a policy adds to please), the end missing, a word missing, a wrong word, words repeated. By
-    chance the result may still be a review.
+    A clause too many (what a policy adds to please), a word missing, a wrong word.
     """
-    at, kind = _below(len(words) - 1, rng), _below(6, rng)
+    at, kind = _below(len(words) - 1, rng), _below(4, rng)
     if kind <= 1:
         return _one_clause_more(words, rng)
-    if kind == 2:
-        return words[: at + 1]
-    if kind == 3:
-        return words[:at] + words[at + 1 :]
-    if kind == 4:
-        return words[:at] + [_ALL_WORDS[_below(len(_ALL_WORDS), rng)]] + words[at + 1 :]
-    again = words[at : at + 1 + _below(3, rng)]
-    return words[:at] + again * 2 + words[at + len(again) :]
+    wrong = [_ALL_WORDS[_below(len(_ALL_WORDS), rng)]]
+    return words[:at] + (wrong if kind == 2 else []) + words[at + 1 :]
 
 
 def _answer(prompt: str, rng: random.Random) -> str:

@@ -124,7 +124,7 @@ def test_damaged_answers_are_a_minority_that_the_reward_sees():
     rows = demo_rows("pairs", sizes=SMALL)
     answers = [(row["prompt"], row[side]) for row in rows for side in ("chosen", "rejected")]
     damaged = [answer for answer in answers if not parses(join(*answer))]
-    assert 0.1 < len(damaged) / len(answers) < 0.25
+    assert 0.05 < len(damaged) / len(answers) < 0.12
     assert all(gold_reward(*answer) == FLOOR for answer in damaged)
 
 
