@@ -78,6 +78,7 @@ def evaluate_demo(run: Path) -> bool:
     (run / "report").mkdir(exist_ok=True)
     write_json(run / "report" / "demo.json", as_dict(rows, prompts, answers, best))
     console = Console(highlight=False)
+    console.width = console.width if console.is_terminal else max(console.width, 120)
     console.print(render_table(rows, best), *verdict_lines(rows), sep="\n", soft_wrap=True)
     return passed
 
@@ -164,7 +165,18 @@ def missing(rows: Sequence[Row]) -> list[str]:
 
 # --- showing it ----------------------------------------------------------------------------------------------------
 
-_COLUMNS = ("stage", "gold reward", "gap closed", "KL to SFT", "RM accuracy", "words", "parse", "distinct-2", "time")
+# Column of demo.json -> its heading on the console, where the table should fit into 80 columns.
+_COLUMNS = {
+    "stage": "stage",
+    "gold reward": "gold\nreward",
+    "gap closed": "gap\nclosed",
+    "KL to SFT": "KL\nto SFT",
+    "RM accuracy / ceiling": "RM acc.\n/ ceiling",
+    "words": "words",
+    "parse": "parse",
+    "distinct-2": "dist-\ninct-2",
+    "time": "time",
+}
 
 
 def cells(row: Row) -> list[str]:
@@ -174,8 +186,8 @@ def cells(row: Row) -> list[str]:
         row.stage,
         f"{scores.gold.mean:.2f} ± {scores.gold.se:.2f}" if scores else "",
         f"{row.gap_closed:.0%}" if row.gap_closed is not None else "",
-        f"{row.kl.mean:.2f} ± {row.kl.se:.2f}" if row.kl else "",
-        f"{row.accuracy.mean:.3f} of {row.ceiling:.3f}" if row.accuracy else "",
+        f"{row.kl.mean:.1f} ± {row.kl.se:.1f}" if row.kl else "",
+        f"{row.accuracy.mean:.3f} / {row.ceiling:.3f}" if row.accuracy else "",
         f"{scores.length:.1f}" if scores else "",
         f"{scores.parse_share:.1%}" if scores else "",
         f"{scores.distinct_2:.3f}" if scores else "",
@@ -184,10 +196,11 @@ def cells(row: Row) -> list[str]:
 
 
 def render_table(rows: Sequence[Row], best: float) -> Table:
-    """The closing table. RM accuracy stands beside the accuracy that the noise of the labels allows at most."""
-    table = Table(title="Held-out prompts, judged by the gold reward", title_justify="left", pad_edge=False)
-    for name in _COLUMNS:
-        table.add_column(name, justify="left" if name == "stage" else "right", no_wrap=True)
+    """The closing table, for 80 columns. RM accuracy over what the noise of the labels allows at most."""
+    title = "Held-out prompts, judged by the gold reward"
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for name, heading in _COLUMNS.items():
+        table.add_column(heading, justify="left" if name == "stage" else "right", no_wrap=True)
     for row in rows:
         table.add_row(*cells(row))
     table.add_row("optimum", f"{best:.2f}", "100%", style="dim")
@@ -202,7 +215,7 @@ def verdict_lines(rows: Sequence[Row]) -> list[Text]:
             line = Text.assemble(_mark(all(check.passed for check in row.checks)), f" {row.stage}: ")
             for number, check in enumerate(row.checks):
                 line.append("; " if number else "")
-                line.append(check.text, style="" if check.passed else "bold red")
+                line.append(*((check.text, "") if check.passed else (f"✗ {check.text}", "bold red")))
             lines.append(line)
     made = {row.command for row in rows}
     lines += [Text.assemble(_mark(False), f" {name}: no finished stage") for name in REQUIRED if name not in made]

@@ -117,10 +117,10 @@ def test_missing():
     assert missing([*good[:2], bad, branch]) == [], "one good branch is enough"
 
 
-def shown(rows: list[Row]) -> str:
-    console = Console(width=200, highlight=False)
+def shown(rows: list[Row], width: int = 80) -> str:
+    console = Console(width=width, highlight=False)
     with console.capture() as capture:
-        console.print(render_table(rows, 3.9), *verdict_lines(rows), sep="\n")
+        console.print(render_table(rows, 3.9), *verdict_lines(rows), sep="\n", soft_wrap=True)
     return capture.get()
 
 
@@ -128,12 +128,13 @@ def test_table_and_verdicts():
     reward = Row("rm", "rm", 61.4, accuracy=Estimate(0.7125, 0.01, 1000), ceiling=0.846)
     rows = [policy_row(summary("sft", "sft"), BEFORE, [0.0] * 100, None, 4.0), reward, row_of(), row_of(kl=50.0)]
     text = shown(rows)
-    for part in ("0.00 ± 0.07", "0.713 of 0.846", "61 s", "3.00 ± 0.05", "53%", "100.0%", "0.400", "optimum", "3.90"):
+    for part in ("0.00 ± 0.07", "0.713 / 0.846", "61 s", "3.0 ± 0.1", "53%", "100.0%", "0.400", "optimum", "3.90"):
         assert part in text, part
     assert "pass ppo: " in text
-    assert "FAIL ppo: " in text and "KL 50.0 nats (at most 20)" in text
+    assert "FAIL ppo: " in text and "✗ KL 50.0 nats (at most 20)" in text
     assert "FAIL grpo: no finished stage" in text and "FAIL dpo: no finished stage" in text
     assert cells(reward)[1:4] == ["", "", ""]
+    assert "…" not in text, "nothing is cut at 80 columns"
 
 
 def test_whole_evaluation_of_untrained_stages(publish, tmp_path, capsys):
