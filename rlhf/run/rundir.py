@@ -70,7 +70,12 @@ def resolve_parent(ref: str, run: RunDir, kinds: tuple[str, ...], key: str, reci
     where = f"{recipe_file}: {key}"
     path = Path(ref).expanduser()
     home = run if str(path) == path.name else RunDir(path.parent)
-    stage = home.stage(path.name)
+    try:
+        stage = home.stage(path.name)
+    except UnsafeError as error:
+        raise UnsafeError(
+            error.what, where=where, fix="Name a stage of this run directory, or runs/other/sft."
+        ) from None
     wanted = " or ".join(_CALLED[kind] for kind in kinds)
     if found := _unfinished(stage):
         what = f"expected a finished stage with a {wanted}, found {found}"

@@ -16,7 +16,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from rlhf.errors import BusyError, CheckpointError, RecipeError, ResourceError, StoppedError, UserError
+from rlhf.errors import (
+    BusyError,
+    CheckpointError,
+    DataError,
+    RecipeError,
+    ResourceError,
+    ServiceError,
+    StoppedError,
+    UnsafeError,
+    UserError,
+)
 from rlhf.run import commit
 from rlhf.run.commit import Lock
 from rlhf.run.lineage import (
@@ -46,6 +56,9 @@ _STATUS: dict[str, tuple[tuple[type, ...], Any]] = {  # field -> types, value wh
 }
 _STATES = ("running", "finished", "failed", "stopped")
 _MOST_DIFFERENCES = 8
+_WAIT = "Wait for it or stop it, or give this one another name with --name."
+# What the user mends before the first step: the stage has then never begun, and leaves nothing behind.
+_MISTAKES = (RecipeError, DataError, CheckpointError, ResourceError, ServiceError, UnsafeError)
 
 
 @dataclass(frozen=True)
@@ -108,18 +121,25 @@ class StageDir:
             what = f"expected a name that is not used for something else, found {self.name}"
             raise RecipeError(what, where=str(self.path), fix="Choose another --name.")
         lock = self._acquire(launcher)
+        aside = None
         try:
             if restart and launcher is None and self.path.exists():
-                self._set_aside()
-            mode, checkpoint = self._reopen(inputs) if self.exists() else self._create(inputs)
+                aside = self._set_aside()
+            is_new = not self.exists()
+            mode, checkpoint = self._create(inputs) if is_new else self._reopen(inputs)
         except BaseException:
             lock.release()
             raise
-        return Opened(self, mode, checkpoint, lock)
+        return Opened(self, mode, checkpoint, lock, is_new=is_new, aside=aside)
+
+    def refuse_if_held(self) -> None:
+        """Raise BusyError where another process works on the stage now; `open` looks again."""
+        if (owner := self.holder()) is not None:
+            raise BusyError(f"held by {commit.describe_holder(owner)}", where=str(self.path), fix=_WAIT)
 
     def _acquire(self, launcher: int | None) -> Lock:
         lock = Lock(self.lock if launcher is None else self.writer_lock)
-        fix = "Wait for it or stop it, or give this one another name with --name."
+        fix = _WAIT
         try:
             lock.acquire()
         except BusyError as error:
@@ -135,11 +155,13 @@ class StageDir:
             raise BusyError(f"expected to be held by process {launcher}, found {who}", where=str(self.path), fix=fix)
         return lock
 
-    def _set_aside(self) -> None:
+    def _set_aside(self) -> Path:
         taken = [int(m[2]) for p in self.root.iterdir() if (m := SET_ASIDE.fullmatch(p.name)) and m[1] == self.name]
+        aside = self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}")
         with commit.disk(self.path):
-            self.path.rename(self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}"))
+            self.path.rename(aside)
             commit.fsync_path(self.root)
+        return aside
 
     def _create(self, inputs: dict[str, Any]) -> tuple[Mode, None]:
         with commit.disk(self.path):
@@ -341,11 +363,16 @@ class StageDir:
 
 
 class Opened:
-    """A stage that this process may write to. Leaving the context records an error and gives the lock back."""
+    """A stage that this process may write to. Leaving the context records an error and gives the lock back.
 
-    def __init__(self, stage: StageDir, mode: Mode, checkpoint: Path | None, lock: Lock) -> None:
+    After a mistake of the user's that came up before the first step, everything is as it was before the opening.
+    """
+
+    def __init__(
+        self, stage: StageDir, mode: Mode, checkpoint: Path | None, lock: Lock, *, is_new: bool, aside: Path | None
+    ) -> None:
         self.stage, self.mode, self.checkpoint = stage, mode, checkpoint
-        self._lock = lock
+        self._lock, self._is_new, self._aside = lock, is_new, aside
 
     def __enter__(self) -> Opened:
         return self
@@ -354,13 +381,32 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            if error is not None and self.mode != "finished" and self.stage.read_status()["state"] == "running":
+            undone = isinstance(error, _MISTAKES) and self.undo()
+            if (
+                error is not None
+                and not undone
+                and self.mode != "finished"
+                and self.stage.read_status()["state"] == "running"
+            ):
                 state = "stopped" if isinstance(error, (StoppedError, KeyboardInterrupt)) else "failed"
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 with suppress(ResourceError):  # the first error is the one to report
                     self.stage.write_status(state=state, ended=_now(), exit_reason=reason)
         finally:
             self.close()
+
+    def undo(self) -> bool:
+        """Remove the folder if this opening made it and no step was finished since; --restart gives the old one back.
+
+        Returns whether it did. For the command that waits for ranks: theirs is the error, its is the folder.
+        """
+        if not self._is_new or self.stage.read_status()["step"] or self.stage.checkpoints.exists():
+            return False
+        with suppress(ResourceError), commit.disk(self.stage.path):
+            commit.remove_dir(self.stage.path)
+            if self._aside is not None:
+                self._aside.rename(self.stage.path)
+        return True
 
     def close(self) -> None:
         """Give the lock back."""

@@ -13,7 +13,16 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import BusyError, CheckpointError, NumericsError, RecipeError, StoppedError
+from rlhf.errors import (
+    BusyError,
+    CheckpointError,
+    DataError,
+    NumericsError,
+    RecipeError,
+    ServiceError,
+    StoppedError,
+    UserError,
+)
 from rlhf.run import commit
 from rlhf.run.lineage import Parent, content_hash
 from rlhf.run.rundir import RunDir
@@ -243,6 +252,44 @@ def test_an_error_is_recorded_as_the_end(stage: StageDir, error: BaseException, 
     with stage.open(INPUTS):
         status = stage.read_status()
         assert (status["state"], status["exit_reason"], status["ended"]) == ("running", None, None)
+
+
+@pytest.mark.parametrize("error", [DataError("no rows"), RecipeError("no such key"), ServiceError("no network")])
+def test_a_mistake_before_the_first_step_leaves_nothing(stage: StageDir, error: UserError) -> None:
+    with pytest.raises(type(error)), stage.open(INPUTS):
+        raise error
+    assert not stage.path.exists()
+    with stage.open({**INPUTS, "stage": "ppo"}) as opened:
+        assert opened.mode == "new"
+
+
+def test_a_mistake_under_restart_gives_the_old_folder_back(stage: StageDir) -> None:
+    with pytest.raises(ValueError), stage.open(INPUTS):
+        raise ValueError("the first try")
+    before = stage.status.read_text()
+    with pytest.raises(DataError), stage.open(INPUTS, restart=True):
+        assert stage.read_status()["state"] == "running"
+        raise DataError("no rows")
+    assert stage.status.read_text() == before
+    assert [path.name for path in stage.root.iterdir() if path.is_dir()] == [stage.name]
+
+
+def test_a_mistake_after_the_first_step_or_on_resuming_keeps_the_folder(stage: StageDir) -> None:
+    with pytest.raises(DataError), stage.open(INPUTS):
+        stage.write_status(step=1)
+        raise DataError("a bad row")
+    assert stage.read_status()["state"] == "failed"
+    with pytest.raises(DataError), stage.open(INPUTS):
+        raise DataError("a bad row")
+    assert stage.read_status()["state"] == "failed"
+    assert not stage.open(INPUTS).undo()
+
+
+def test_a_stage_that_is_held_is_refused_without_opening_it(stage: StageDir) -> None:
+    stage.refuse_if_held()
+    with stage.open(INPUTS), pytest.raises(BusyError) as error:
+        StageDir(stage.root, stage.name).refuse_if_held()
+    assert f"process {os.getpid()}" in str(error.value) and "--name" in str(error.value)
 
 
 def test_an_error_after_the_end_changes_nothing(stage: StageDir) -> None:
