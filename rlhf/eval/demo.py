@@ -27,7 +27,7 @@ logger = logging.getLogger("rlhf.eval")
 
 REQUIRED = ("ppo", "grpo", "dpo")
 MIN_ERRORS, MIN_CLOSED, MAX_KL, MIN_PARSING, MIN_DISTINCT = 3.0, 0.30, 20.0, 0.90, 0.50
-SAMPLING = SamplingBlock(max_new_tokens=48)  # longer than any review of the grammar
+SAMPLING = SamplingBlock(max_new_tokens=48, temperature=0.8)  # as in the recipes; longer than any review
 _SHOWN = 4  # prompts whose answers are kept for the report
 
 
