@@ -13,12 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.chat import ChatTemplate
 from rlhf.data.drafts import Draft, draft, unusable
 from rlhf.data.encode import Ids, Mask
-from rlhf.data.formats import Kind, Record, convert, detect, pair_up, require, reward_fields
+from rlhf.data.formats import Kind, Record, reward_fields
 from rlhf.data.limits import Limits, limits_of
-from rlhf.data.mapping import Mapping
 from rlhf.data.order import generator
+from rlhf.data.records import read_records
 from rlhf.data.report import DataReport, SourceReport, TokenCounts
-from rlhf.data.sources import fingerprint, locate, named_sources, read_rows
+from rlhf.data.sources import fingerprint, locate, named_sources
 from rlhf.errors import DataError
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
@@ -64,6 +64,7 @@ class PromptExample:
     ids: Ids
     row: int
     fields: dict[str, Any]  # the row's columns for rewards, and prompt, messages, completion
+    where: str = ""  # file:line, for messages
 
     def lengths(self) -> tuple[int, int]:
         """Tokens; none is trained."""
@@ -114,24 +115,6 @@ def raw_texts(data: DataBlock, kind: Kind) -> Iterator[str]:
                 yield message["content"]
 
 
-def read_records(source: SourceBlock, key: str, kind: Kind, report: SourceReport) -> Iterator[Record]:
-    """The records of a source, good and unusable ones; rows are counted in `report`, which is given the format."""
-    mapping = Mapping(source, key)
-
-    def records() -> Iterator[Record]:
-        for where, raw in read_rows(source, key):
-            row = mapping(where, raw)
-            if not report.format:
-                report.format = detect(row, where, source, key)
-                require(report.format, kind, where, source)
-            report.read += 1
-            yield convert(row, where, report.format, source)
-
-    if kind != "pairs" or not source.pair_labels:
-        return records()
-    return pair_up(records(), report.dropped)
-
-
 class _Loader:
     """Loads source after source, numbering the records through."""
 
@@ -180,7 +163,7 @@ class _Loader:
 def to_example(fitted: Draft, record: Record, row: int) -> Example:
     """The example of a draft that fits."""
     if not fitted.sides:
-        return PromptExample(fitted.prompt, row, reward_fields(record))
+        return PromptExample(fitted.prompt, row, reward_fields(record), record.where)
     if len(fitted.sides) == 1:
         ids, mask = fitted.sides[0]
         before = np.zeros(len(fitted.prompt), np.bool_)

@@ -15,9 +15,9 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.chat import ChatTemplate
 from rlhf.data.drafts import Draft, draft, unusable
 from rlhf.data.encode import Ids, Mask
-from rlhf.data.examples import read_records
 from rlhf.data.formats import Kind, Record
 from rlhf.data.limits import Limits, limits_of
+from rlhf.data.records import read_records
 from rlhf.data.report import SourceReport
 from rlhf.data.sources import named_sources
 from rlhf.recipe.schema import DataBlock

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
+import inspect
 import math
 import numbers
 import re
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -93,13 +95,18 @@ def user_function(rows: list[Row], answers: list[str], *, function: str) -> Scor
         result = _loaded(function)([dict(row) for row in rows], list(answers))
     except UserError:
         raise
-    except Exception as error:
-        raise UserError(
+    except (Exception, SystemExit) as error:
+        raise RecipeError(
             f"the reward function raised {_what_happened(error, Path(function.rpartition(':')[0]))}",
             where=function,
             fix="it must return one score per answer; None leaves an answer unscored",
         ) from error
     return _validated(result, len(answers), function)
+
+
+def load_function(function: str) -> None:
+    """Run the user's file now and find `file.py:name` in it, so that its mistakes come up before any model is loaded."""
+    _loaded(function)
 
 
 def parse_number(text: str) -> float | None:
@@ -178,17 +185,24 @@ def _loaded(spec: str) -> Callable[[list[Row], list[str]], Any]:
     sys.modules[module_name] = module
     try:
         module_spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[module_name]
-        raise UserError(f"the file could not be loaded: {_what_happened(error, path)}", where=str(path)) from error
+        raise RecipeError(f"the file could not be loaded: {_what_happened(error, path)}", where=str(path)) from error
     if not callable(vars(module).get(name)):
         found = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
         raise RecipeError(f"expected a function {name!r}, found {found or 'no function'}", where=str(path))
     loaded: Callable[[list[Row], list[str]], Any] = vars(module)[name]
+    with suppress(ValueError):  # a callable written in C may not tell its arguments
+        arguments = inspect.signature(loaded)
+        try:
+            arguments.bind([], [])
+        except TypeError:
+            what = f"expected a function of (rows, answers), found {name}{arguments}"
+            raise RecipeError(what, where=str(path)) from None
     return loaded
 
 
-def _what_happened(error: Exception, path: Path) -> str:
+def _what_happened(error: BaseException, path: Path) -> str:
     """Type and message of an exception, and the line of the user's file that it came from or through."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
@@ -199,13 +213,13 @@ def _validated(result: Any, count: int, spec: str) -> Scores:
     """The user's scores as floats; a wrong type, length or value is the user's to mend, never replaced by 0."""
     fix = f"it must return a list of {count} numbers; None leaves an answer unscored"
     if not isinstance(result, list | tuple):
-        raise UserError(f"expected a list of scores, found {_shown(result)}", where=spec, fix=fix)
+        raise RecipeError(f"expected a list of scores, found {_shown(result)}", where=spec, fix=fix)
     if len(result) != count:
-        raise UserError(f"expected {count} scores, found {len(result)}: {_shown(result)}", where=spec, fix=fix)
+        raise RecipeError(f"expected {count} scores, found {len(result)}: {_shown(result)}", where=spec, fix=fix)
     scores: Scores = []
     for i, score in enumerate(result):
         if score is not None and not _is_finite(score):
-            raise UserError(
+            raise RecipeError(
                 f"expected a finite number or None as score {i}, found {_shown(score)}", where=spec, fix=fix
             )
         scores.append(None if score is None else float(score))

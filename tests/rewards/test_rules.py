@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.errors import DataError, RecipeError, UserError
-from rlhf.rewards.rules import exact, format_found, length, numeric, parse_number, user_function
+from rlhf.errors import DataError, RecipeError
+from rlhf.rewards.rules import exact, format_found, length, load_function, numeric, parse_number, user_function
 
 GSM8K = {"answer": "answer", "marker": "####", "tolerance": 1e-6}
 GSM8K_FORMAT = r"#### ?-?\d[\d,]*(\.\d+)?\s*$"
@@ -243,14 +243,14 @@ def test_numpy_scalars_booleans_and_dataclasses_work(tmp_path: Path) -> None:
 )
 def test_bad_scores_name_the_file_and_what_it_returned(tmp_path: Path, returned: str, message: str) -> None:
     spec = written(tmp_path, f"def score(rows, answers):\n    return {returned}\n")
-    with pytest.raises(UserError, match=message) as caught:
+    with pytest.raises(RecipeError, match=message) as caught:
         user_function([{}, {}], ["a", "b"], function=spec)
     assert spec in str(caught.value) and "return a list of 2 numbers" in str(caught.value)
 
 
 def test_an_exception_in_the_function_names_its_line(tmp_path: Path) -> None:
     spec = written(tmp_path, "import json\n\ndef score(rows, answers):\n    return json.loads('{')\n")
-    with pytest.raises(UserError, match=r"the reward function raised JSONDecodeError: .* \(line 4\)"):
+    with pytest.raises(RecipeError, match=r"the reward function raised JSONDecodeError: .* \(line 4\)"):
         user_function([{}], ["a"], function=spec)
 
 
@@ -261,11 +261,22 @@ def test_an_exception_in_the_function_names_its_line(tmp_path: Path) -> None:
         ("import no_such_module_anywhere\n", r"could not be loaded: ModuleNotFoundError: .* \(line 1\)"),
         ("def other(rows, answers):\n    return []\n", "expected a function 'score', found other"),
         ("score = 3\n", "expected a function 'score', found no function"),
+        ("import sys\nsys.exit(0)\n", r"could not be loaded: SystemExit: 0 \(line 2\)"),
+        ("def score(answers):\n    return []\n", r"expected a function of \(rows, answers\), found score\(answers\)"),
     ],
 )
 def test_files_that_do_not_load_or_have_no_such_function(tmp_path: Path, body: str, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        user_function([{}], ["a"], function=written(tmp_path, body))
+    spec = written(tmp_path, body)
+    for use in (load_function, lambda function: user_function([{}], ["a"], function=function)):
+        with pytest.raises(RecipeError, match=message):
+            use(spec)
+
+
+def test_a_function_cannot_end_the_run_as_if_it_were_done(tmp_path: Path) -> None:
+    spec = written(tmp_path, "import sys\ndef score(rows, answers):\n    sys.exit(0)\n")
+    load_function(spec)
+    with pytest.raises(RecipeError, match=r"raised SystemExit: 0 \(line 3\)"):
+        user_function([{}], ["a"], function=spec)
 
 
 @pytest.mark.parametrize("spec", ["score", "os:getcwd", "file.py:", "file.py:a.b", "nowhere/file.py:score", ":score"])

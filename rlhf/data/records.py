@@ -1,0 +1,41 @@
+"""Sources -> records: every row read, mapped and converted. Without a tokenizer: neither torch nor transformers."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+from rlhf.data.formats import Kind, Record, convert, detect, pair_up, require
+from rlhf.data.mapping import Mapping
+from rlhf.data.report import SourceReport
+from rlhf.data.sources import locate, named_sources, read_rows
+from rlhf.recipe.schema import DataBlock, SourceBlock
+
+
+def read_records(source: SourceBlock, key: str, kind: Kind, report: SourceReport) -> Iterator[Record]:
+    """The records of a source, good and unusable ones; rows are counted in `report`, which is given the format."""
+    mapping = Mapping(source, key)
+
+    def records() -> Iterator[Record]:
+        for where, raw in read_rows(source, key):
+            row = mapping(where, raw)
+            if not report.format:
+                report.format = detect(row, where, source, key)
+                require(report.format, kind, where, source)
+            report.read += 1
+            yield convert(row, where, report.format, source)
+
+    if kind != "pairs" or not source.pair_labels:
+        return records()
+    return pair_up(records(), report.dropped)
+
+
+def check_records(data: DataBlock, kind: Kind) -> None:
+    """Read all local rows once, so that a bad one is told before a model is loaded or a rank is started.
+
+    Raises the DataError that training would end with. What only a tokenizer can tell (lengths) is left to training.
+    """
+    sources = [*named_sources(data), *([("data.eval", data.eval)] if data.eval is not None else [])]
+    for key, source in sources:
+        if locate(source, key).kind != "hub":
+            deque(read_records(source, key, kind, SourceReport(key, str(source.path), "", "")), maxlen=0)
