@@ -28,15 +28,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from rlhf.errors import CheckpointError, RecipeError
-from rlhf.models.load import (
-    DTYPES,
-    attention_checked,
-    is_adapter,
-    load_weights,
-    merge_adapter,
-    read_adapter,
-    read_config,
-)
+from rlhf.models.folder import is_adapter, read_adapter
+from rlhf.models.load import DTYPES, attention_checked, load_weights, merge_adapter, read_config
 from rlhf.models.tokenizer import end_ids
 from rlhf.recipe.schema import InitBlock, LoraBlock, ModelBlock
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlhf.errors import CheckpointError, NumericsError
+from rlhf.models.folder import ADAPTER_WEIGHTS
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
-from rlhf.models.load import ADAPTER_WEIGHTS, quiet
+from rlhf.models.load import quiet
 
 logger = logging.getLogger("rlhf.models")
 

@@ -6,7 +6,6 @@ that is missing or superfluous is an error unless the caller expects it.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,17 +18,19 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
+from transformers.utils.hub import LocalEntryNotFoundError
 
-from rlhf.errors import CheckpointError, RecipeError, UnsafeError
+from rlhf.errors import CheckpointError, RecipeError, ServiceError
+from rlhf.models.folder import (
+    ADAPTER_WEIGHTS,
+    check_files,
+    check_folder,
+    is_adapter,
+    read_adapter,
+    refuse_code,
+)
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-
-
-def is_adapter(source: str) -> bool:
-    """Whether a local folder holds a peft adapter instead of a whole model."""
-    folder = Path(source)
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
 
 
 def read_config(source: str, revision: str | None) -> PreTrainedConfig:
@@ -43,39 +44,33 @@ def read_config(source: str, revision: str | None) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
 
 
-def check_folder(source: str) -> None:
-    """Refuse a local path that is no model folder, before anything is looked up on the hub."""
-    folder = Path(source).expanduser()
-    if not folder.exists():
-        if source.count("/") > 1 or source.startswith(("/", ".", "~")):
-            raise CheckpointError("expected a model folder, found nothing", where=source)
-        return
-    if not (folder / "config.json").is_file():
-        raise CheckpointError("expected a model folder, found no config.json in it", where=source)
-
-
-def refuse_code(config: dict[str, Any], where: str) -> None:
-    """A file with `auto_map` asks for Python code beside the weights to be run."""
-    if config.get("auto_map"):
-        raise UnsafeError(
-            "expected a model that transformers knows, found auto_map: it would run code from the model's folder",
-            where=where,
-            fix="If transformers has this architecture itself, make a local copy without auto_map and use that.",
-        )
-
-
 @contextmanager
 def reading(source: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise on unreadable files into an error with a place."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        if _is_unreachable(error):
+            raise ServiceError(
+                "the hub cannot be reached, and the model is not in the local cache",
+                where=source,
+                fix="Try again, or download the model and name its folder.",
+            ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(
             f"cannot be read: {' '.join(lines[:3]) or type(error).__name__}",
             where=source,
             fix="Expected a local model folder, or the id of a model on the hub that can be reached from here.",
         ) from error
+
+
+def _is_unreachable(error: BaseException | None) -> bool:
+    """Whether the network is what failed: the cause that transformers wraps says so."""
+    while error is not None and not isinstance(error, LocalEntryNotFoundError):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def load_weights(
@@ -161,50 +156,6 @@ def check_names(missing: Iterable[str], superfluous: Iterable[str], source: str,
 def _some(names: Iterable[str]) -> str:
     names = list(names)
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def check_files(source: str) -> None:
-    """A local folder must hold safetensors, and its index must name files of that folder only."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return
-    if (folder / ADAPTER_CONFIG).exists():  # transformers would add the adapter on its own, unmerged and frozen
-        raise CheckpointError(
-            f"expected a whole model or an adapter, found both config.json and {ADAPTER_CONFIG}",
-            where=source,
-            fix="Move one of them to a folder of its own.",
-        )
-    if not list(folder.glob("*.safetensors")):
-        if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
-            raise UnsafeError(
-                "expected safetensors, found pickled weights only: reading them can run code",
-                where=source,
-                fix="Convert the model to safetensors in a place you trust.",
-            )
-        raise CheckpointError("expected weights (*.safetensors), found none", where=source)
-    for index in folder.glob("*.safetensors.index.json"):
-        with reading(str(index)):
-            names = set(json.loads(index.read_text())["weight_map"].values())
-        for name in sorted(names):
-            if Path(name).name != name:
-                raise UnsafeError(f"expected the name of a file in this folder, found {name!r}", where=str(index))
-
-
-def read_adapter(source: str) -> dict[str, Any]:
-    """The configuration of a peft adapter folder; only LoRA can be merged."""
-    folder = Path(source)
-    with reading(source):
-        config = json.loads((folder / ADAPTER_CONFIG).read_text())
-    refuse_code(config, f"{source}/{ADAPTER_CONFIG}")
-    if config.get("peft_type") != "LORA" or not config.get("base_model_name_or_path"):
-        raise CheckpointError(
-            "expected a LoRA adapter that names its base model,"
-            f" found peft_type {config.get('peft_type')!r}, base {config.get('base_model_name_or_path')!r}",
-            where=f"{source}/{ADAPTER_CONFIG}",
-        )
-    if not (folder / ADAPTER_WEIGHTS).is_file():
-        raise CheckpointError(f"expected {ADAPTER_WEIGHTS}, found none", where=source)
-    return config
 
 
 def merge_adapter(model: nn.Module, source: str) -> nn.Module:

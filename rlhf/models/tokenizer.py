@@ -14,7 +14,8 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rlhf.errors import CheckpointError
-from rlhf.models.load import is_adapter, read_adapter, reading, refuse_code
+from rlhf.models.folder import is_adapter, read_adapter, refuse_code
+from rlhf.models.load import reading
 
 logger = logging.getLogger("rlhf.models")
 

@@ -1,0 +1,120 @@
+"""What a local model folder must hold, checked without torch or transformers and without running anything in it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlhf.errors import CheckpointError, UnsafeError
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_INDEX = "*.safetensors.index.json"
+
+
+def check_model_folder(source: str) -> None:
+    """Refuse a local path that holds no model, holds pickles instead of safetensors, or asks for its code to be run.
+
+    A hub id is left alone; of an adapter, the base model is checked too.
+    """
+    folder = Path(source)
+    if is_adapter(source):
+        return check_model_folder(read_adapter(source)["base_model_name_or_path"])
+    check_folder(source)
+    if folder.is_dir():
+        for name in ("config.json", "tokenizer_config.json"):
+            if (folder / name).is_file():
+                refuse_code(read_json(folder / name), str(folder / name))
+        check_files(source)
+    return None
+
+
+def check_folder(source: str) -> None:
+    """Refuse a local path that is no model folder, before anything is looked up on the hub."""
+    folder = Path(source)
+    if not folder.exists():
+        if source.count("/") > 1 or source.startswith(("/", ".")):
+            fix = "Name a folder with config.json and weights, or a hub id (owner/name)."
+            raise CheckpointError("expected a model folder, found nothing", where=source, fix=fix)
+        return
+    if not folder.is_dir():
+        raise CheckpointError("expected a model folder, found a file", where=source, fix="Name the folder it is in.")
+    if not (folder / "config.json").is_file():
+        inner = folder / "model" / "config.json"
+        fix = f"Name {inner.parent}, or write from: instead of path:." if inner.is_file() else "Name another folder."
+        raise CheckpointError("expected a model folder, found no config.json in it", where=source, fix=fix)
+
+
+def refuse_code(config: dict[str, Any], where: str) -> None:
+    """A file with `auto_map` asks for Python code beside the weights to be run."""
+    if config.get("auto_map"):
+        raise UnsafeError(
+            "expected a model that transformers knows, found auto_map: it would run code from the model's folder",
+            where=where,
+            fix="If transformers has this architecture itself, make a local copy without auto_map and use that.",
+        )
+
+
+def check_files(source: str) -> None:
+    """A local folder must hold safetensors, and its index must name files of that folder only."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return
+    if (folder / ADAPTER_CONFIG).exists():  # transformers would add the adapter on its own, unmerged and frozen
+        raise CheckpointError(
+            f"expected a whole model or an adapter, found both config.json and {ADAPTER_CONFIG}",
+            where=source,
+            fix="Move one of them to a folder of its own.",
+        )
+    if not list(folder.glob("*.safetensors")):
+        if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
+            raise UnsafeError(
+                "expected safetensors, found pickled weights only: reading them can run code",
+                where=source,
+                fix="Convert the model to safetensors in a place you trust.",
+            )
+        fix = "Name another folder, or put the model's weights there."
+        raise CheckpointError("expected weights (*.safetensors), found none", where=source, fix=fix)
+    for index in folder.glob(_INDEX):
+        listed = read_json(index).get("weight_map")
+        names = set(listed.values()) if isinstance(listed, dict) else {None}
+        for name in sorted(names, key=str):
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UnsafeError(f"expected the name of a file in this folder, found {name!r}", where=str(index))
+            if not (folder / name).is_file():
+                what = f"expected all weights that {index.name} names, found no {name}"
+                raise CheckpointError(what, where=source, fix="Copy or download the missing file.")
+
+
+def is_adapter(source: str) -> bool:
+    """Whether a local folder holds a peft adapter instead of a whole model."""
+    folder = Path(source)
+    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").exists()
+
+
+def read_adapter(source: str) -> dict[str, Any]:
+    """The configuration of a peft adapter folder; only LoRA can be merged."""
+    folder = Path(source)
+    config = read_json(folder / ADAPTER_CONFIG)
+    refuse_code(config, f"{source}/{ADAPTER_CONFIG}")
+    if config.get("peft_type") != "LORA" or not config.get("base_model_name_or_path"):
+        raise CheckpointError(
+            "expected a LoRA adapter that names its base model,"
+            f" found peft_type {config.get('peft_type')!r}, base {config.get('base_model_name_or_path')!r}",
+            where=f"{source}/{ADAPTER_CONFIG}",
+        )
+    if not (folder / ADAPTER_WEIGHTS).is_file():
+        raise CheckpointError(f"expected {ADAPTER_WEIGHTS}, found none", where=source)
+    return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file of a model folder."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(f"expected JSON, found: {reason}", where=str(path), fix="Restore the file.") from error
+    if not isinstance(found, dict):
+        raise CheckpointError("expected a JSON object, found something else", where=str(path), fix="Restore the file.")
+    return found
