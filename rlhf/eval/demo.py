@@ -19,15 +19,15 @@ from rlhf.errors import CheckpointError
 from rlhf.eval.metrics import Estimate, distinct_n, estimate, gain, pair_accuracy
 from rlhf.eval.policy import Answers, evaluate_policy, load_policy, score_pairs
 from rlhf.recipe.schema import SamplingBlock
-from rlhf.run.commit import write_json
+from rlhf.run.commit import read_json, write_json
 from rlhf.run.rundir import RunDir
-from rlhf.run.stage import StageSummary
+from rlhf.run.stage import StageDir, StageSummary
 
 logger = logging.getLogger("rlhf.eval")
 
 REQUIRED = ("ppo", "grpo", "dpo")
 MIN_ERRORS, MIN_CLOSED, MAX_KL, MIN_PARSING, MIN_DISTINCT = 3.0, 0.30, 20.0, 0.90, 0.50
-SAMPLING = SamplingBlock(max_new_tokens=48, temperature=0.8)  # as in the recipes; longer than any review
+ROOM = 48  # tokens, more than any review of the grammar takes
 _SHOWN = 4  # prompts whose answers are kept for the report
 
 
@@ -104,7 +104,7 @@ def summary_rows(run: RunDir, prompts: Sequence[str], best: float) -> tuple[list
     if base is None:
         what = "expected a finished SFT stage to compare with, found none"
         raise CheckpointError(what, where=str(run.root), fix="Make it with: make demo")
-    reference = load_policy(run.stage(base.name))
+    reference, sampling = load_policy(run.stage(base.name)), sampling_of(run.stage(base.name))
     rows: list[Row] = []
     answers: dict[str, Answers] = {}
     for stage in sorted(stages, key=lambda stage: stage is not base):
@@ -112,11 +112,17 @@ def summary_rows(run: RunDir, prompts: Sequence[str], best: float) -> tuple[list
         if stage.kind == "reward":
             rows.append(_reward_row(run, stage))
         elif stage.kind == "policy":
-            found = evaluate_policy(run.stage(stage.name), reference, "demo:eval_prompts", SAMPLING)
+            found = evaluate_policy(run.stage(stage.name), reference, "demo:eval_prompts", sampling)
             before = None if stage is base else rows[0].scores
             rows.append(policy_row(stage, judge(prompts, found.texts), found.kl, before, best))
             answers[stage.name] = found
     return rows, answers
+
+
+def sampling_of(stage: StageDir) -> SamplingBlock:
+    """How every stage is sampled, so that they compare: as the recipe of this one says, with room for every end."""
+    recipe = read_json(stage.provenance)["inputs"]["recipe"]
+    return SamplingBlock(**{**recipe["sampling"], "max_new_tokens": ROOM})
 
 
 def _seconds(stage: StageSummary) -> float | None:

@@ -32,7 +32,7 @@ def publish() -> Callable[..., StageDir]:
         setup = Setup("fp32", "sdpa", None, gradient_checkpointing=False, dropout=False, trained=False, seed=seed)
         stage = RunDir(run).stage(name)
         is_reward = command == "rm"
-        with stage.open({"stage": command, "recipe": {"seed": seed}}):
+        with stage.open({"stage": command, "recipe": {"seed": seed, "sampling": {"temperature": 0.9}}}):
             if is_reward:
                 scorer = ScorerModule(build_scorer(init, tokenizer, setup, head="new"))
                 save_scorer(scorer, tokenizer, stage.export_dir("model"))

@@ -8,9 +8,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from rlhf.data.demo import FLOOR, demo_rows, gold_reward, optimum
+from rlhf.data.demo import FLOOR, demo_rows, gold_reward, join, optimum
+from rlhf.data.grammar import tokenize
 from rlhf.errors import CheckpointError
 from rlhf.eval.demo import (
+    ROOM,
     DemoScores,
     Row,
     cells,
@@ -20,9 +22,11 @@ from rlhf.eval.demo import (
     missing,
     policy_row,
     render_table,
+    sampling_of,
     verdict_lines,
 )
 from rlhf.eval.metrics import Estimate, estimate
+from rlhf.recipe.schema import SamplingBlock
 from rlhf.run.stage import StageSummary
 
 PROMPT = "we saw this western at the festival"
@@ -155,6 +159,13 @@ def test_whole_evaluation_of_untrained_stages(publish, tmp_path, capsys):
     )
     assert {each["stage"] for each in record["samples"][0]["answers"]} == {"sft", "ppo", "ppo-kl1"}
     assert all(len(row["cells"]) == len(record["columns"]) for row in record["rows"])
+
+
+def test_all_stages_are_sampled_as_sft_was(publish, tmp_path):
+    sampling = sampling_of(publish(tmp_path, "sft", "sft", 0))
+    assert sampling == SamplingBlock(temperature=0.9, max_new_tokens=ROOM)
+    longest = max(len(tokenize(join(row["prompt"], row["completion"]))) for row in demo_rows("sft"))
+    assert longest < ROOM, "no review is cut off, even where a word takes two tokens now and then"
 
 
 def test_without_sft_there_is_nothing_to_compare_with(publish, tmp_path):
