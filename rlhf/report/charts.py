@@ -43,7 +43,8 @@ CHARTS: tuple[Chart, ...] = (
     Chart("Scores", ("train/score_*",), "score"),
     Chart("Implicit rewards", ("train/reward_*",), "nats x beta"),
     Chart("Log-probability of the answers", ("train/logprobs_*",), "nats per answer"),
-    Chart("Distance to the reference (KL)", ("rollout/kl_ref", "policy/kl_ref", "policy/kl_loss"), "nats"),
+    Chart("Distance to the reference (KL)", ("rollout/kl_ref", "policy/kl_ref"), "nats per answer"),
+    Chart("KL term of the loss", ("policy/kl_loss",), "nats per token"),
     Chart("Length of the answers", ("rollout/length_mean",), "tokens"),
     Chart("Answers that end by themselves", ("rollout/finished",), "share"),
     Chart("Entropy of the policy", ("policy/entropy",), "nats per token"),
@@ -57,7 +58,7 @@ CHARTS: tuple[Chart, ...] = (
     Chart("Learning rate", ("*/lr",), ""),
     Chart("Groups whose answers all score the same", ("reward/flat_groups",), "share"),
     Chart("Chosen answers less likely than before", ("train/chosen_displaced",), "share"),
-    Chart("Numerical gaps", ("rollout/*_gap", "policy/logprob_change", "train/reference_gap"), "nats per token"),
+    Chart("Sampling against training", ("rollout/sampler_gap",), "nats per token"),
     Chart("Speed", ("speed/*tokens_per_second",), "tokens per second"),
     Chart("Time per step", ("speed/*seconds",), "seconds"),
 )
