@@ -47,10 +47,10 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class World:
-    """Where the ranks run. `gpus` is per node; None leaves it to the host file's slots."""
+    """Where the ranks run. `gpus` is per node; None leaves it, and the number of nodes, to the host file."""
 
     gpus: int | None
-    num_nodes: int = 1
+    num_nodes: int | None = None
     hostfile: Path | None = None
     cpu: bool = False
     master_port: int | None = None  # None: a free one
@@ -66,12 +66,12 @@ def launcher_pid() -> int | None:
     return int(os.environ[LAUNCHER].split(":")[1]) if LAUNCHER in os.environ else None
 
 
-def pick_world_size(gpus: int | None, num_nodes: int) -> int:
+def pick_world_size(gpus: int | None, num_nodes: int | None) -> int:
     """The number of ranks: one per device and node; one device per node where the number is not given."""
     for option, value in (("--gpus", gpus), ("--num-nodes", num_nodes)):
         if value is not None and value < 1:
             raise RecipeError(f"expected at least 1, found {value}", where=option)
-    return (gpus or 1) * num_nodes
+    return (gpus or 1) * (num_nodes or 1)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def pick_world_size(gpus: int | None, num_nodes: int) -> int:
 def launch_command(argv: Sequence[str], world: World, module: str = "rlhf") -> list[str]:
     """The `deepspeed` command that runs `python -m MODULE ARGV` once per device."""
     pick_world_size(world.gpus, world.num_nodes)
-    if world.num_nodes > 1 and world.hostfile is None:
+    if world.num_nodes is not None and world.num_nodes > 1 and world.hostfile is None:
         fix = "Name a file with one `host slots=N` line per node."
         raise RecipeError(f"expected a host file for {world.num_nodes} nodes, found none", where="--hostfile", fix=fix)
     if world.hostfile is not None and not world.hostfile.is_file():
@@ -97,8 +97,8 @@ def launch_command(argv: Sequence[str], world: World, module: str = "rlhf") -> l
 
 def _devices(world: World) -> dict[str, str]:
     if world.hostfile is not None:
-        gpus = {} if world.gpus is None else {"--num_gpus": str(world.gpus)}
-        return {"--num_nodes": str(world.num_nodes), **gpus} if world.num_nodes > 1 else gpus
+        wanted = {"--num_nodes": world.num_nodes, "--num_gpus": world.gpus}
+        return {option: str(value) for option, value in wanted.items() if value is not None}
     count = pick_world_size(world.gpus, 1)
     if world.cpu or not os.environ.get("CUDA_VISIBLE_DEVICES"):
         return {"--num_gpus": str(count)}

@@ -37,7 +37,10 @@ ALLOWED = {
         "rlhf.report", "rlhf.run",
     },
     "report": {"matplotlib", "rich", "yaml", "rlhf.recipe", "rlhf.run"},
-    "cli": {"rich", "typer", "rlhf.launch", "rlhf.recipe", "rlhf.run", "rlhf.report", "rlhf.train.job"},
+    "cli": {
+        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.recipe", "rlhf.report", "rlhf.run",
+        "rlhf.train.job", "rlhf.train.signals",
+    },
 }  # fmt: skip
 # `cli` may import these inside functions only: they are heavy, and a recipe must be refused in a blink.
 LAZY = {"cli": {"rlhf.train", "rlhf.eval", "rlhf.data"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -12,14 +13,15 @@ from typing import Annotated
 
 import typer
 
-from rlhf.errors import RecipeError, UserError
+from rlhf import __version__
+from rlhf.errors import RecipeError, StoppedError, UserError
 
 app = typer.Typer(
-    help="RLHF as a pipeline of commands: SFT, reward model, then PPO, GRPO or DPO.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
+    context_settings={"max_content_width": 120},
 )
 
 RecipeArgument = Annotated[Path, typer.Argument(help="the stage's YAML recipe", show_default=False)]
@@ -35,6 +37,7 @@ RestartOption = Annotated[bool, typer.Option("--restart", help="begin again; the
 CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", help="reward file that may run")]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
+LATER_RANK_S = 5.0
 STAGES = {
     "sft": "Supervised fine-tuning on completions.",
     "rm": "Reward model on preference pairs.",
@@ -42,6 +45,22 @@ STAGES = {
     "grpo": "GRPO: groups of answers instead of a critic.",
     "dpo": "DPO and its family on preference pairs.",
 }
+
+
+def show_version(wanted: bool) -> None:
+    """Print the version and end."""
+    if wanted:
+        typer.echo(f"rlhf {__version__}")
+        raise typer.Exit
+
+
+@app.callback(help="RLHF as a pipeline of commands: SFT, reward model, then PPO, GRPO or DPO.")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version", callback=show_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def stage_function(stage: str) -> Callable[..., None]:
@@ -143,21 +162,27 @@ def report(run: RunArgument) -> None:
 
 def main() -> None:
     """Run the command; turn a UserError into its message and exit code."""
-    is_later_rank = os.environ.get("RANK", "0") != "0"
     try:
         app()
     except UserError as error:
-        if is_later_rank:
-            time.sleep(2)  # rank 0 usually has the same to say, and the launcher ends this rank then
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        wait_for_first_rank()
+        print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr, flush=True)
         leave(error.exit_code)
     except KeyboardInterrupt:
         leave(130)
+
+
+def wait_for_first_rank() -> None:
+    """Ranks often fail together, with the same to say: the later ones give the launcher time to end them unheard."""
+    if os.environ.get("RANK", "0") != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(LATER_RANK_S)
 
 
 def leave(code: int) -> None:
     """Exit at once where other ranks may be gone: waiting for their goodbye would hang."""
     if "RANK" in os.environ:
         sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
     sys.exit(code)

@@ -20,10 +20,16 @@ _STYLES = {"finished": "green", "running": "cyan", "failed": "red", "damaged": "
 def show_status(path: Path, *, as_json: bool) -> None:
     """Every stage of a run directory."""
     if not path.is_dir():
-        raise CheckpointError("expected a run directory, found nothing", where=str(path))
+        found = "a file" if path.exists() else "nothing"
+        fix = "Name the folder that the stages were given with --run."
+        raise CheckpointError(f"expected a run directory, found {found}", where=str(path), fix=fix)
     stages = RunDir(path).describe()
     if as_json:
         print(json.dumps([asdict(stage) for stage in stages], indent=2))
+        return
+    if not stages:
+        out.print(f"{path}: no stages yet", markup=False, soft_wrap=True)
+        out.print(f"next: rlhf sft RECIPE --run {path}", markup=False, soft_wrap=True)
         return
     table = Table("stage", "command", "state", "step", "key metric", "parents", "time", title=str(path), box=None)
     for stage in stages:

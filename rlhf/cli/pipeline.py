@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.cli.stages import StageCommand, err, run_stage
-from rlhf.errors import NumericsError
-from rlhf.recipe.load import PipelineCommand, load_pipeline
+from rlhf.cli.stages import StageCommand, err, run_stage, slots, wanted_world
+from rlhf.errors import NumericsError, UserError
+from rlhf.recipe.load import PipelineCommand, load_pipeline, load_recipe
 from rlhf.run.commit import read_jsonl
 from rlhf.run.rundir import RunDir
 
@@ -26,27 +26,51 @@ class PipelineOptions:
 
 
 def run_all(path: Path, options: PipelineOptions) -> None:
-    """Run the stages in order; each is a job of its own. Stops at the first that fails or does not learn."""
-    for step in load_pipeline(path):
+    """Run the stages in order; each is a job of its own. Stops at the first that fails or does not learn.
+
+    All recipes are checked before the first stage starts: the last one's mistake should not come up hours later.
+    """
+    steps = load_pipeline(path)
+    commands = [stage_command(step, options) for step in steps]
+    check_all(path, commands)
+    for step, command in zip(steps, commands, strict=True):
         words = [f"rlhf {step.stage} {step.recipe} --run {options.run}"]
         words += [f"--name {step.name}"] if step.name != step.stage else []
         err.print(f"\n$ {' '.join(words)}", style="bold", markup=False, soft_wrap=True)
-        run_stage(
-            StageCommand(
-                step.stage,
-                step.recipe,
-                options.run,
-                None if step.name == step.stage else step.name,
-                [*step.overrides, *options.overrides],
-                options.dry_run,
-                options.gpus,
-                options.num_nodes,
-                options.hostfile,
-                allow_code=options.allow_code,
-            )
-        )
+        run_stage(command)
         if step.expect is not None and not options.dry_run:
             check_learning(step, options.run)
+
+
+def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageCommand:
+    """The command that a step of the pipeline stands for."""
+    return StageCommand(
+        step.stage,
+        step.recipe,
+        options.run,
+        None if step.name == step.stage else step.name,
+        [*step.overrides, *options.overrides],
+        options.dry_run,
+        options.gpus,
+        options.num_nodes,
+        options.hostfile,
+        allow_code=options.allow_code,
+    )
+
+
+def check_all(path: Path, commands: list[StageCommand]) -> None:
+    """Every recipe of the pipeline, and the files it names, as far as that is possible before its parents exist."""
+    problems: dict[type[UserError], list[str]] = {}
+    for command in commands:
+        try:
+            command.folder()
+            world = wanted_world(command)
+            ranks = 1 if world is None else slots(world)
+            load_recipe(command.recipe, command.stage, command.overrides, world_size=ranks).check_files()
+        except UserError as error:
+            problems.setdefault(type(error), []).append(f"{error}\n  in {path}, stage {command.name or command.stage}")
+    for kind, texts in problems.items():
+        raise kind("\n".join(dict.fromkeys(texts)))
 
 
 def check_learning(step: PipelineCommand, run: Path) -> None:

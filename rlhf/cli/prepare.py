@@ -3,32 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 from rlhf.errors import CheckpointError, UnsafeError
+from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from rlhf.recipe.options import FunctionReward, ModelReward
-from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
+from rlhf.recipe.options import FunctionReward
+from rlhf.recipe.stages import OnlineRecipe, Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
-from rlhf.train.job import Job
-
-POLICY, SCORER = ("policy",), ("reward", "value")
-
-
-def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tuple[str, ...]]]:
-    """(recipe key, what it names, kinds of stage it accepts) for every model of a recipe."""
-    yield "model", recipe.model, (*POLICY, "reward") if stage == "rm" else POLICY
-    if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
-        yield "reference", recipe.reference, POLICY
-    if isinstance(recipe, PPORecipe):
-        yield "critic", recipe.critic, (*SCORER, *POLICY)
-    if isinstance(recipe, OnlineRecipe):
-        for i, reward in enumerate(recipe.rewards):
-            if isinstance(reward, ModelReward):
-                yield f"rewards.{i}", reward, ("reward",)
+from rlhf.train.job import DATA_KIND, Job, local_path, model_refs
 
 
 def prepare(
@@ -42,7 +26,8 @@ def prepare(
     restart: bool = False,
     allowed_code: list[Path],
 ) -> tuple[Job, LoadedRecipe]:
-    """Check the recipe, the files and the parents. Nothing is written."""
+    """Check the recipe, the files, the parents and the model folders. Nothing is written."""
+    folder = run.stage(stage if name is None else name)
     loaded = load_recipe(path, stage, overrides, world_size=world_size)
     loaded.check_files()
     recipe = loaded.recipe
@@ -51,6 +36,8 @@ def prepare(
     for key, ref, kinds in model_refs(stage, recipe):
         if ref.from_:
             parents[key] = resolve_parent(ref.from_, run, kinds, f"{key}.from", loaded.place(f"{key}.from"))
+        elif ref.path:
+            check_model_folder(local_path(ref.path))
     check_tokenizers(loaded, parents)
     resolved = dump_recipe(recipe)
     inputs = {
@@ -60,12 +47,8 @@ def prepare(
         "data": check_data(recipe, stage),
         "code": {str(file): hash_file(file) for file in sorted(code)},
     }
-    folder = run.stage(name or stage)
     job = Job(stage, folder, recipe, loaded.raw_text, resolved, parents, inputs, restart, None, code)
     return job, loaded
-
-
-DATA_KIND = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
 
 
 def check_code(loaded: LoadedRecipe, allowed: list[Path]) -> frozenset[Path]:
@@ -108,3 +91,10 @@ def check_data(recipe: Recipe, stage: str) -> dict[str, str]:
     sources = dict(named_sources(recipe.data)) | ({"data.eval": recipe.data.eval} if recipe.data.eval else {})
     facts = check_sources(recipe.data, DATA_KIND[stage])
     return {fact.key: fingerprint(sources[fact.key], fact.located) for fact in facts}
+
+
+def check_rows(job: Job) -> None:
+    """Read every local row once: a bad one is told here, not after models were loaded or ranks started."""
+    from rlhf.data.records import check_records
+
+    check_records(job.recipe.data, DATA_KIND[job.stage])

@@ -9,8 +9,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.errors import UserError
+from rlhf.errors import RecipeError, StoppedError
+from rlhf.launch import World
+from rlhf.recipe.load import LoadedRecipe
 from rlhf.run.rundir import RunDir
+from rlhf.run.opened import Opened
+from rlhf.run.stage import StageDir
+from rlhf.train.job import Job
+from rlhf.train.signals import StopRequest
 
 NEXT = {
     "sft": "rlhf rm RECIPE --run {run}    or    rlhf dpo RECIPE --run {run}",
@@ -38,10 +44,14 @@ class StageCommand:
     restart: bool = False
     allow_code: list[Path] = field(default_factory=list)
 
+    def folder(self) -> StageDir:
+        """The stage folder, existing or not."""
+        return RunDir(self.run).stage(self.stage if self.name is None else self.name)
+
     def argv(self) -> list[str]:
         """The command for a rank: the same, without what starts ranks."""
         words = [self.stage, str(self.recipe), "--run", str(self.run)]
-        words += ["--name", self.name] if self.name else []
+        words += ["--name", self.name] if self.name is not None else []
         words += [word for item in self.overrides for word in ("--set", item)]
         words += [word for item in self.allow_code for word in ("--allow-code", str(item))]
         return words
@@ -49,11 +59,42 @@ class StageCommand:
 
 def run_stage(command: StageCommand) -> None:
     """Check, then run in this process, or start the ranks and wait for them. Raises UserError."""
-    from rlhf import launch  # imported here: `rlhf --help` needs none of it
+    from rlhf import launch  # imported here, as is all that follows: `rlhf --help` needs none of it
+    from rlhf.cli.prepare import check_rows
+
+    if launch.is_worker():
+        launch.die_with_parent()
+        stop = StopRequest().listen()
+        job, _ = checked(command, int(os.environ["WORLD_SIZE"]))
+        return work(replace(job, launcher=launch.launcher_pid()), stop)
+    world = wanted_world(command)
+    ranks = 1 if world is None else slots(world)
+    if world is not None:
+        launch.launch_command(command.argv(), world)  # for what it refuses
+    if not command.dry_run:
+        command.folder().refuse_if_held()
+    job, loaded = checked(command, ranks)
+    for notice in loaded.notices:
+        err.print(notice, style="dim", markup=False)
+    if command.dry_run or command.restart or not job.folder.is_finished():
+        check_rows(job)
+    if command.dry_run:
+        return show_dry_run(job.resolved_text, loaded, ranks)
+    with job.folder.open(job.inputs, restart=job.restart) as opened:
+        if opened.mode != "finished" and world is None:
+            work(job, StopRequest().listen(), opened)
+        elif opened.mode != "finished":
+            code = launch.launch(command.argv(), world, stage=job.folder.path, succeeded=job.folder.is_finished)
+            if code:
+                sys.exit(code)
+    announce(job.folder.path, command, was_finished=opened.mode == "finished")
+
+
+def checked(command: StageCommand, ranks: int) -> tuple[Job, LoadedRecipe]:
+    """The job that a command stands for, after every check that needs no model."""
     from rlhf.cli.prepare import prepare
 
-    ranks = world_size(command)
-    job, loaded = prepare(
+    return prepare(
         command.stage,
         command.recipe,
         RunDir(command.run),
@@ -63,72 +104,57 @@ def run_stage(command: StageCommand) -> None:
         restart=command.restart,
         allowed_code=command.allow_code,
     )
-    for notice in loaded.notices:
-        err.print(notice, style="dim", markup=False)
-    if command.dry_run:
-        return show_dry_run(job.resolved_text, loaded, ranks)
-    if launch.is_worker():
-        work(replace(job, launcher=launch.launcher_pid()))
-    elif ranks is not None and ranks > 1:
-        with job.folder.open(job.inputs, restart=job.restart) as opened:
-            if opened.mode != "finished":
-                world = launch.World(
-                    command.gpus, command.num_nodes or 1, command.hostfile, cpu=not Path("/dev/nvidiactl").exists()
-                )
-                code = launch.launch(command.argv(), world, stage=job.folder.path, succeeded=job.folder.is_finished)
-                if code:
-                    sys.exit(code)
-        announce(job.folder.path, command, was_finished=opened.mode == "finished")
-    else:
-        was_finished = work(job)
-        announce(job.folder.path, command, was_finished=was_finished)
 
 
-def work(job) -> bool:  # type: ignore[no-untyped-def]
-    """Run the stage in this process. Returns whether it had been finished before."""
-    if job.launcher is None and job.folder.is_finished() and not job.restart:
-        with job.folder.open(job.inputs) as opened:  # says so, or refuses other inputs, without importing torch
-            if opened.mode == "finished":
-                return True
-    from rlhf.train.worker import run  # torch, transformers and deepspeed are imported here, after every check
-
-    return run(job)
-
-
-def world_size(command: StageCommand) -> int | None:
-    """Number of ranks as far as the command line tells; None where the hostfile decides."""
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    if command.hostfile is not None:
-        return slots(command)
-    return (command.gpus or 1) * (command.num_nodes or 1)
-
-
-def slots(command: StageCommand) -> int:
-    """Ranks that a hostfile (lines `host slots=n`) gives, within --num-nodes and --gpus."""
-    assert command.hostfile is not None
+def work(job: Job, stop: StopRequest, held: Opened | None = None) -> None:
+    """Run the stage in this process."""
     try:
-        lines = command.hostfile.read_text().splitlines()
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}", where=f"--hostfile {command.hostfile}") from None
-    counts = []
+        from rlhf.train.worker import run  # torch, transformers and deepspeed are imported here, after every check
+
+        run(job, stop, held)
+    except KeyboardInterrupt:
+        if stop.after_step:
+            raise
+        what = "stopped on request, while the stage was starting"
+        raise StoppedError(what, where=str(job.folder.path), fix="The same command starts again.") from None
+
+
+def wanted_world(command: StageCommand) -> World | None:
+    """The devices that the command line asks for; None where this process is enough."""
+    if command.hostfile is None and (command.gpus or 1) * (command.num_nodes or 1) == 1:
+        return None
+    has_gpu = Path("/dev/nvidiactl").exists()
+    return World(command.gpus, command.num_nodes, command.hostfile, cpu=not has_gpu)
+
+
+def slots(world: World) -> int:
+    """The number of ranks: as --gpus says, or what a host file (lines `host slots=n`) gives within its limits."""
+    if world.hostfile is None:
+        return (world.gpus or 1) * (world.num_nodes or 1)
+    where, counts = f"--hostfile {world.hostfile}", []
+    try:
+        lines = world.hostfile.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"expected a host file, found: {error}", where=where) from None
     for number, line in enumerate(lines, 1):
         words = line.split("#")[0].split()
         if not words:
             continue
-        if len(words) != 2 or not words[1].removeprefix("slots=").isdigit():
-            what = f"expected `host slots=n`, found {line.strip()!r}"
-            raise UserError(what, where=f"{command.hostfile}:{number}")
-        counts.append(min(int(words[1].removeprefix("slots=")), command.gpus or sys.maxsize))
-    return sum(counts[: command.num_nodes])
+        count = words[-1].removeprefix("slots=")
+        if len(words) != 2 or not count.isdecimal() or not int(count):
+            raise RecipeError(f"expected `host slots=n`, found {line.strip()!r}", where=f"{world.hostfile}:{number}")
+        counts.append(min(int(count), world.gpus or sys.maxsize))
+    if len(counts) < (world.num_nodes or 1):
+        raise RecipeError(f"expected a line per node ({world.num_nodes or 1}), found {len(counts)}", where=where)
+    return sum(counts[: world.num_nodes])
 
 
-def show_dry_run(resolved: str, loaded, ranks: int | None) -> None:  # type: ignore[no-untyped-def]
+def show_dry_run(resolved: str, loaded: LoadedRecipe, ranks: int) -> None:
     """The recipe with every default on stdout, the batch arithmetic under it."""
     from rlhf.recipe.explain import describe_batch
 
     out.print(resolved, markup=False, soft_wrap=True, end="")
-    for line in describe_batch(loaded.recipe, ranks or 1, None):
+    for line in describe_batch(loaded.recipe, ranks, None):
         out.print(f"# {line}", markup=False, soft_wrap=True)
 
 

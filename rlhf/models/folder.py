@@ -10,6 +10,7 @@ from rlhf.errors import CheckpointError, UnsafeError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX = "*.safetensors.index.json"
+_TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt")
 
 
 def check_model_folder(source: str) -> None:
@@ -26,6 +27,9 @@ def check_model_folder(source: str) -> None:
             if (folder / name).is_file():
                 refuse_code(read_json(folder / name), str(folder / name))
         check_files(source)
+        if not any((folder / name).is_file() for name in _TOKENIZER):
+            fix = "Copy the tokenizer's files into the folder."
+            raise CheckpointError(f"expected a tokenizer ({_TOKENIZER[0]}), found none", where=source, fix=fix)
     return None
 
 

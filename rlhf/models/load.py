@@ -6,6 +6,7 @@ that is missing or superfluous is an error unless the caller expects it.
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +61,7 @@ def reading(source: str) -> Iterator[None]:
             ) from error
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise CheckpointError(
-            f"cannot be read: {' '.join(lines[:3]) or type(error).__name__}",
+            f"cannot be read: {textwrap.shorten(' '.join(lines), 300) or type(error).__name__}",
             where=source,
             fix="Expected a local model folder, or the id of a model on the hub that can be reached from here.",
         ) from error

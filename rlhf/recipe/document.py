@@ -141,7 +141,8 @@ def _read_text(file: Path) -> str:
         if not file.exists():
             folder = file.parent
             near = closest(file.name, [p.name for p in folder.glob("*.y*ml")]) if folder.is_dir() else []
-            raise refuse("nothing", f"did you mean {folder / near[0]}?" if near else None)
+            looked = f"did you mean {folder / near[0]}?" if near else f"it is looked for from {Path.cwd()}"
+            raise refuse("nothing", looked)
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:

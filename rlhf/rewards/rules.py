@@ -105,7 +105,7 @@ def user_function(rows: list[Row], answers: list[str], *, function: str) -> Scor
 
 
 def load_function(function: str) -> None:
-    """Run the user's file now and find `file.py:name` in it, so that its mistakes come up before any model is loaded."""
+    """Run the user's file and find `file.py:name` in it, so that its mistakes come up before any model is loaded."""
     _loaded(function)
 
 

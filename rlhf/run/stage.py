@@ -8,23 +8,15 @@ from __future__ import annotations
 
 import logging
 import re
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from rlhf.errors import (
     BusyError,
     CheckpointError,
-    DataError,
     RecipeError,
-    ResourceError,
-    ServiceError,
-    StoppedError,
-    UnsafeError,
     UserError,
 )
 from rlhf.run import commit
@@ -38,8 +30,8 @@ from rlhf.run.lineage import (
     recorded_parents,
     stale_parents,
 )
+from rlhf.run.opened import Mode, Opened, now
 
-Mode = Literal["new", "resume", "finished"]
 PARTS = ("model", "critic")
 SET_ASIDE = re.compile(r"(.+)\.old-(\d+)")
 _RESERVED = {"report"}
@@ -57,8 +49,6 @@ _STATUS: dict[str, tuple[tuple[type, ...], Any]] = {  # field -> types, value wh
 _STATES = ("running", "finished", "failed", "stopped")
 _MOST_DIFFERENCES = 8
 _WAIT = "Wait for it or stop it, or give this one another name with --name."
-# What the user mends before the first step: the stage has then never begun, and leaves nothing behind.
-_MISTAKES = (RecipeError, DataError, CheckpointError, ResourceError, ServiceError, UnsafeError)
 
 
 @dataclass(frozen=True)
@@ -172,7 +162,7 @@ class StageDir:
             raise CheckpointError(what, where=str(self.path), fix="Choose another --name or another --run.")
         commit.remove_temporaries(self.path)
         commit.write_json(self.provenance, {"inputs": recordable(inputs)})
-        self.write_status(state="running", stage=inputs["stage"], started=_now())
+        self.write_status(state="running", stage=inputs["stage"], started=now())
         return "new", None
 
     def _reopen(self, inputs: dict[str, Any]) -> tuple[Mode, Path | None]:
@@ -194,7 +184,7 @@ class StageDir:
         if self.manifest.exists():
             self.read_manifest()
             if self.read_status()["state"] != "finished":  # cut off between the manifest and the status
-                self.write_status(state="finished", ended=_now(), exit_reason=None)
+                self.write_status(state="finished", ended=now(), exit_reason=None)
             return "finished", None
         checkpoint = commit.newest_checkpoint(self.checkpoints, hash_limit=0)
         self.write_status(state="running", ended=None, exit_reason=None)
@@ -241,7 +231,7 @@ class StageDir:
         """
         assert fields.keys() <= _STATUS.keys(), fields
         assert "state" not in fields or fields["state"] in _STATES, fields
-        status = {**self.read_status(), **fields, "heartbeat": _now()}
+        status = {**self.read_status(), **fields, "heartbeat": now()}
         commit.write_json(self.status, status, durable="state" in fields)
 
     def read_status(self) -> dict[str, Any]:
@@ -300,12 +290,12 @@ class StageDir:
                 "kind": kind,
                 "facts": facts,
                 "log_end": log_end,
-                "published": _now(),
+                "published": now(),
                 "files": files,
             }
         )
         commit.write_json(self.manifest, manifest)
-        self.write_status(state="finished", ended=_now(), exit_reason=None)
+        self.write_status(state="finished", ended=now(), exit_reason=None)
         return dict(manifest)
 
     def is_finished(self) -> bool:
@@ -360,58 +350,3 @@ class StageDir:
             started=status["started"],
             ended=status["ended"],
         )
-
-
-class Opened:
-    """A stage that this process may write to. Leaving the context records an error and gives the lock back.
-
-    After a mistake of the user's that came up before the first step, everything is as it was before the opening.
-    """
-
-    def __init__(
-        self, stage: StageDir, mode: Mode, checkpoint: Path | None, lock: Lock, *, is_new: bool, aside: Path | None
-    ) -> None:
-        self.stage, self.mode, self.checkpoint = stage, mode, checkpoint
-        self._lock, self._is_new, self._aside = lock, is_new, aside
-
-    def __enter__(self) -> Opened:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        try:
-            undone = isinstance(error, _MISTAKES) and self.undo()
-            if (
-                error is not None
-                and not undone
-                and self.mode != "finished"
-                and self.stage.read_status()["state"] == "running"
-            ):
-                state = "stopped" if isinstance(error, (StoppedError, KeyboardInterrupt)) else "failed"
-                reason = (str(error) or type(error).__name__).splitlines()[0]
-                with suppress(ResourceError):  # the first error is the one to report
-                    self.stage.write_status(state=state, ended=_now(), exit_reason=reason)
-        finally:
-            self.close()
-
-    def undo(self) -> bool:
-        """Remove the folder if this opening made it and no step was finished since; --restart gives the old one back.
-
-        Returns whether it did. For the command that waits for ranks: theirs is the error, its is the folder.
-        """
-        if not self._is_new or self.stage.read_status()["step"] or self.stage.checkpoints.exists():
-            return False
-        with suppress(ResourceError), commit.disk(self.stage.path):
-            commit.remove_dir(self.stage.path)
-            if self._aside is not None:
-                self._aside.rename(self.stage.path)
-        return True
-
-    def close(self) -> None:
-        """Give the lock back."""
-        self._lock.release()
-
-
-def _now() -> float:
-    return round(time.time(), 3)

@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rlhf.recipe.options import ModelReward
 from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import Recipe
+from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
 from rlhf.run.lineage import Parent
 from rlhf.run.stage import StageDir
+
+DATA_KIND = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
+POLICY, SCORER = ("policy",), ("reward", "value")
+
+
+def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tuple[str, ...]]]:
+    """(recipe key, what it names, kinds of stage it accepts) for every model of a recipe."""
+    yield "model", recipe.model, (*POLICY, "reward") if stage == "rm" else POLICY
+    if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
+        yield "reference", recipe.reference, POLICY
+    if isinstance(recipe, PPORecipe):
+        yield "critic", recipe.critic, (*SCORER, *POLICY)
+    if isinstance(recipe, OnlineRecipe):
+        for i, reward in enumerate(recipe.rewards):
+            if isinstance(reward, ModelReward):
+                yield f"rewards.{i}", reward, ("reward",)
 
 
 @dataclass(frozen=True)
@@ -36,4 +54,9 @@ class Job:
         if key in self.parents:
             return str(self.parents[key].model)
         assert ref.path is not None, f"{key} names no model"
-        return ref.path
+        return local_path(ref.path)
+
+
+def local_path(source: str) -> str:
+    """A folder or hub id as it was named, `~` filled in."""
+    return str(Path(source).expanduser()) if source.startswith("~") else source

@@ -17,6 +17,7 @@ from rlhf.batch import Rows
 from rlhf.engine import dist
 from rlhf.errors import StoppedError
 from rlhf.recipe.schema import OptimBlock
+from rlhf.train.guards import check_counts
 from rlhf.train.metrics import Meter, MetricsLog
 from rlhf.train.objectives import Objective
 from rlhf.train.progress import Progress
@@ -105,6 +106,7 @@ def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
         for objective in stage.objectives:
             meter = meters[objective.group]
             counts = dist.sum_over_ranks(objective.counts(minibatch))
+            check_counts(counts, step, index)
             meter.add_counts(counts)
             for micro in minibatch.split(stage.micro_batch):  # equally many on every rank
                 loss = objective.loss(micro)

@@ -28,7 +28,7 @@ from rlhf.models import sample
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train.advantages import Scored
-from rlhf.train.guards import check_same_weights
+from rlhf.train.guards import check_same_weights, check_scored
 from rlhf.train.loop import Collected
 from rlhf.train.roles import Reference
 from rlhf.train.seeding import derive, permutation
@@ -65,6 +65,7 @@ class OnlineCollector:
         with torch.no_grad():
             scores, parts = self.scorer(rollout)
             scored = self.gather(self.look_back(rollout, scores))
+            check_scored(int(scored.response_mask.any(-1).sum()), len(scored), step)
             experience = self.to_experience(scored, self.recipe)
         metrics = self.describe(scored, experience, parts)
         tokens = int(scored.attention.sum())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
-from rlhf.data.examples import PromptExample
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
+from rlhf.models.tokenizer import decoder
 from rlhf.recipe.schema import LogBlock, SamplingBlock
 from rlhf.rewards.scorer import Scorer
 from rlhf.run.commit import append_jsonl
@@ -43,6 +47,21 @@ class SampleWriter:
         for example, answer, score in zip(self.prompts, rollout.texts, scores, strict=True):
             prompt = str(example.fields["prompt"])
             row = {"step": step, "row": example.row, "prompt": prompt, "answer": answer}
+            score = None if score is None or math.isnan(score) else score  # an unscored answer has none
             append_jsonl(self.folder.samples, row if score is None else {**row, "score": score})
             if self.log.show_samples:
                 self.progress.show_sample(prompt, answer, score)
+
+
+def shown_prompts(log: LogBlock, data: Loaded, tokenizer: PreTrainedTokenizerFast) -> list[PromptExample]:
+    """The prompts that are sampled from: of the first held-out rows, else of the first training rows."""
+    examples = [as_prompt(example, tokenizer) for example in (data.eval or data.train)[: log.samples]]
+    return [example for example in examples if len(example.ids)]
+
+
+def as_prompt(example: TokenExample | PairExample | PromptExample, tokenizer: PreTrainedTokenizerFast) -> PromptExample:
+    """What stands before the first supervised token, to sample from."""
+    if isinstance(example, PromptExample):
+        return example
+    ids = example.prompt_ids if isinstance(example, PairExample) else example.ids[: int(example.mask.argmax())]
+    return PromptExample(ids, example.row, {"prompt": decoder(tokenizer)(ids.tolist())})

@@ -7,10 +7,11 @@ from types import FrameType
 
 
 class StopRequest:
-    """Remembers that somebody asked this process to stop."""
+    """Remembers that somebody asked this process to stop. No torch: it listens before anything heavy is imported."""
 
     def __init__(self) -> None:
         self.requested = False
+        self.after_step = False  # while there is no step to finish, a request ends the process at once
 
     def listen(self) -> StopRequest:
         """Take over SIGTERM and SIGINT."""
@@ -19,6 +20,6 @@ class StopRequest:
         return self
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.requested and number == signal.SIGINT:
+        is_first, self.requested = not self.requested, True
+        if (is_first and not self.after_step) or (not is_first and number == signal.SIGINT):
             raise KeyboardInterrupt
-        self.requested = True

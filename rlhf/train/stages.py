@@ -33,10 +33,8 @@ from rlhf.train.objectives import (
 from rlhf.train.online import OnlineCollector, Sampler
 from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
-from rlhf.train.samples import SampleWriter
+from rlhf.train.samples import SampleWriter, shown_prompts
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
-
-DATA_KIND = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
 
 
 @dataclass
@@ -78,7 +76,7 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         key_metric="eval/loss" if len(held_out) else "train/loss",
         published={"model": (engine, "policy")},
         held_out=held_out,
-        prompts=_shown(recipe, data, lambda example: prompt_of(example, tokenizer)),
+        prompts=shown_prompts(recipe.log, data, tokenizer),
         sampling=recipe.sampling,
     )
 
@@ -128,7 +126,7 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
         published={"model": (engine, "policy")},
         held_out=held_out,
-        prompts=_shown(recipe, data, lambda example: prompt_of(example, tokenizer)),
+        prompts=shown_prompts(recipe.log, data, tokenizer),
         sampling=recipe.sampling,
     )
 
@@ -203,7 +201,7 @@ def _online(
         updates_per_step=recipe.train.inner_epochs * recipe.train.minibatches,
         key_metric="reward/score_mean",
         published={"model": (actor, "policy")},
-        prompts=_shown(recipe, data, lambda example: example),
+        prompts=shown_prompts(recipe.log, data, tokenizer),
         sampling=recipe.sampling,
         scorer=scorer,
     )
@@ -308,17 +306,6 @@ def pair_dataset(examples: list[PairExample], pad_id: int) -> Dataset:
     """Rows for pairwise losses; a pair costs both of its sides."""
     lengths = [2 * len(e.prompt_ids) + len(e.chosen_ids) + len(e.rejected_ids) for e in examples]
     return Dataset(lengths, lambda rows: collate.pairs([examples[i] for i in rows], pad_id))
-
-
-def prompt_of(example: TokenExample | PairExample, tokenizer: PreTrainedTokenizerFast) -> PromptExample:
-    """What stands before the first supervised token, to sample from."""
-    ids = example.prompt_ids if isinstance(example, PairExample) else example.ids[: int(example.mask.argmax())]
-    return PromptExample(ids, example.row, {"prompt": decoder(tokenizer)(ids.tolist())})
-
-
-def _shown(recipe: Recipe, data: Loaded, convert: Callable[[Any], PromptExample]) -> list[PromptExample]:
-    examples = [convert(example) for example in (data.eval or data.train)[: recipe.log.samples]]
-    return [example for example in examples if len(example.ids)]
 
 
 def _steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:

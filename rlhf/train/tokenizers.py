@@ -35,8 +35,8 @@ def find_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:
         tokenizer = train_tokenizer(raw_texts(job.recipe.data, kind), block.init.vocab, None)
     else:
         source = job.source("model", block)
+        config = read_config(source, block.revision)  # first: where the hub is out of reach this says so once
         tokenizer = load_tokenizer(source, block.revision)
-        config = read_config(source, block.revision)
     template = block.chat_template or (None if tokenizer.chat_template else "plain")
     if template is not None:
         chat.set_template(tokenizer, template)

@@ -15,18 +15,18 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
-from rlhf import launch
 from rlhf.data import chat
 from rlhf.data.examples import load_examples
 from rlhf.engine import dist
-from rlhf.errors import StoppedError
+from rlhf.errors import ResourceError, StoppedError
 from rlhf.models.export import save_policy, save_scorer
-from rlhf.run.stage import Opened
+from rlhf.run.opened import Opened
 from rlhf.train import stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
-from rlhf.train.job import Job
+from rlhf.train.job import DATA_KIND, Job
 from rlhf.train.loop import fit
 from rlhf.train.metrics import MetricsLog
+from rlhf.train.preflight import check_models, check_rewards, check_samples
 from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
 from rlhf.train.signals import StopRequest
@@ -35,14 +35,14 @@ from rlhf.train.tokenizers import stage_tokenizer
 logger = logging.getLogger("rlhf.stage")
 
 
-def run(job: Job) -> bool:
-    """Run, resume or recognise as finished. Returns True where there was nothing to do. Raises UserError."""
-    if launch.is_worker():
-        launch.die_with_parent()
-    stop = StopRequest().listen()
+def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
+    """Run, resume or recognise as finished. Returns True where there was nothing to do. Raises UserError.
+
+    held: the stage folder where this process has opened it; ranks open it here, since all must hear of a refusal.
+    """
     dist.start()
     console = Console(stderr=True)
-    with opened(job) as (mode, checkpoint), logging_to(job, console):
+    with opened(job, held) as (mode, checkpoint), logging_to(job, console), out_of_memory():
         if mode == "finished":
             logger.info("%s was finished before with the same inputs", job.folder.path)
             dist.finish()
@@ -57,10 +57,12 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     recipe, folder = job.recipe, job.folder
     seed = recipe.train.seed  # type: ignore[attr-defined]
     seed_everything(seed)
-    tokenizer = stage_tokenizer(job, stages.DATA_KIND[job.stage])
-    data = load_examples(
-        recipe.data, tokenizer, stages.DATA_KIND[job.stage], seed, max_new_tokens=stages.new_tokens(recipe)
-    )
+    kind = DATA_KIND[job.stage]
+    tokenizer = stage_tokenizer(job, kind)
+    check_models(job, tokenizer)
+    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=stages.new_tokens(recipe))
+    check_rewards(job, data.train)
+    check_samples(job, tokenizer, data)
     for line in data.report.lines():
         logger.info(line)
     if dist.is_main():
@@ -81,6 +83,8 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
             save=lambda done: save_checkpoint(folder, parts.engines, done, recipe.checkpoint.keep),
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
         )
+        dist.barrier()
+        stop.after_step = True
         log = MetricsLog(folder.metrics, recipe.log, f"{folder.root.name}/{folder.name}")
         metrics = fit(stage, first_step, log, progress, stop)
     publish(job, parts, tokenizer)
@@ -134,9 +138,11 @@ def devices() -> list[str]:
 
 
 @contextmanager
-def opened(job: Job) -> Iterator[tuple[str, Path | None]]:
-    """The stage folder, held by rank 0; a refusal reaches every rank."""
-    held: Opened | None = None
+def opened(job: Job, held: Opened | None) -> Iterator[tuple[str, Path | None]]:
+    """The stage folder, held by the caller or by rank 0; a refusal reaches every rank."""
+    if held is not None:
+        yield held.mode, held.checkpoint
+        return
     answer: tuple[str, Path | None] | Exception | None = None
     if dist.is_main():
         try:
@@ -152,6 +158,19 @@ def opened(job: Job) -> Iterator[tuple[str, Path | None]]:
     else:
         with held:
             yield answer
+
+
+@contextmanager
+def out_of_memory() -> Iterator[None]:
+    """Say what to do where a model or a batch does not fit."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise ResourceError(
+            f"out of memory on rank {dist.rank()}: {str(error).splitlines()[0] if str(error) else 'no room'}",
+            fix="Lower train.micro_batch or train.rollout_batch, raise zero.stage, use more devices, or turn on"
+            " model.gradient_checkpointing.",
+        ) from error
 
 
 class ConsoleHandler(logging.Handler):

@@ -18,7 +18,7 @@ def folder(tmp_path: Path) -> Path:
     path = tmp_path / "model"
     path.mkdir()
     (path / "config.json").write_text('{"model_type": "llama"}')
-    (path / "tokenizer_config.json").write_text("{}")
+    (path / "tokenizer.json").write_text("{}")
     (path / "model.safetensors").write_bytes(b"")
     return path
 
@@ -46,6 +46,12 @@ def test_weights_must_be_there_and_safe(folder: Path) -> None:
         check_model_folder(str(folder))
     (folder / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UnsafeError, match="pickled weights only"):
+        check_model_folder(str(folder))
+
+
+def test_a_tokenizer_must_be_there(folder: Path) -> None:
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"expected a tokenizer \(tokenizer.json\), found none"):
         check_model_folder(str(folder))
 
 

@@ -151,7 +151,7 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         RecipeError, match=r"sfd.yaml: expected a YAML file, found nothing\n  did you mean .*/sft.yaml\?"
     ):
         read_document(tmp_path / "sfd.yaml")
-    with pytest.raises(RecipeError, match=r"found nothing$"):
+    with pytest.raises(RecipeError, match=r"found nothing\n  it is looked for from /"):
         read_document(tmp_path / "no" / "where.yaml")
     with pytest.raises(RecipeError, match=r"found a folder\n  name a file in it: sft.yaml"):
         read_document(tmp_path)
