@@ -199,11 +199,13 @@ def draw_head(model: nn.Module, seed: int) -> None:
     """
     if not hasattr(model, "score"):
         raise CheckpointError(f"expected a decoder with a `score` head, found a {type(model).__name__}")
-    weight = model.score.weight
-    assert weight.dim() == 2 and weight.shape[0] == 1, f"expected a head of (1, hidden), found {tuple(weight.shape)}"
-    draws = torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+    old = model.score
+    assert old.out_features == 1, f"expected a head with one output, found {old.out_features}"
+    draws = torch.randn(1, old.in_features, generator=torch.Generator().manual_seed(seed))
+    # A new module: the old one's weight may be sharded already, and then no rank holds all of it.
+    model.score = nn.Linear(old.in_features, 1, bias=False, dtype=old.weight.dtype)
     with torch.no_grad():
-        weight.copy_(draws / math.sqrt(weight.shape[1] + 1))
+        model.score.weight.copy_(draws / math.sqrt(old.in_features + 1))
 
 
 # --- preparation ----------------------------------------------------------------------------------------------------
@@ -225,7 +227,7 @@ def fit_tokenizer(model: nn.Module, tokenizer: PreTrainedTokenizerFast) -> None:
     New rows are the mean of the old ones: a new token is then neither likely nor impossible.
     """
     embedding = model.get_input_embeddings()
-    rows = embedding.weight.shape[0]
+    rows = embedding.num_embeddings  # the weight itself may be sharded
     if len(tokenizer) > rows:
         logger.info("embedding grows from %d to %d rows for new tokens", rows, len(tokenizer))
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)

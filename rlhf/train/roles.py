@@ -7,6 +7,7 @@ import logging
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.engine.engine import Engine
+from rlhf.engine.zero import sharded_loading
 from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.options import ModelReward
@@ -25,7 +26,8 @@ def policy_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     """The policy that the stage trains."""
     block = job.recipe.model
     setup = Setup.to_train(block, job.recipe.train.seed)  # type: ignore[attr-defined]
-    model = build_policy(_source(job), tokenizer, setup, revision=block.revision)
+    with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
+        model = build_policy(_source(job), tokenizer, setup, revision=block.revision)
     return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype, job.recipe.train)  # type: ignore[attr-defined]
 
 
@@ -34,7 +36,8 @@ def reward_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     block, source = job.recipe.model, _source(job)
     setup = Setup.to_train(block, job.recipe.train.seed)  # type: ignore[attr-defined]
     keep = isinstance(source, str) and has_score_head(source, block.revision)
-    model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=block.revision)
+    with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
+        model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=block.revision)
     return _engine("reward", ScorerModule(model), job.recipe.zero, block.dtype, job.recipe.train)  # type: ignore[attr-defined]
 
 
@@ -46,7 +49,8 @@ def critic_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     source = job.source("critic", recipe.critic)
     keep = has_score_head(source, recipe.critic.revision)
     revision = recipe.critic.revision
-    model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=revision)
+    with sharded_loading(recipe.critic.zero, bf16=recipe.model.dtype == "bf16"):
+        model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=revision)
     return _engine("critic", ScorerModule(model), recipe.critic.zero, recipe.model.dtype, recipe.critic)
 
 
@@ -60,7 +64,8 @@ def reference(job: Job, tokenizer: PreTrainedTokenizerFast, actor: Engine) -> Re
     ref: ModelRef = recipe.reference if recipe.reference.from_ or recipe.reference.path else recipe.model
     source = job.source("reference" if ref is recipe.reference else "model", ref)
     setup = Setup.frozen(recipe.model.dtype, recipe.model.attention)
-    model = build_policy(source, tokenizer, setup, revision=ref.revision)
+    with sharded_loading(recipe.reference.zero, bf16=recipe.model.dtype == "bf16"):
+        model = build_policy(source, tokenizer, setup, revision=ref.revision)
     return Reference(_engine("reference", PolicyModule(model), recipe.reference.zero, recipe.model.dtype))
 
 
@@ -87,7 +92,8 @@ def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
         if isinstance(spec, ModelReward):
             source = job.source(f"rewards.{i}", spec)
             setup = Setup.frozen(spec.dtype, recipe.model.attention)
-            model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
+            with sharded_loading(spec.zero, bf16=spec.dtype == "bf16"):
+                model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
             engine = _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
             parts[name] = model_part(engine, recipe.train.micro_batch, engine.device)  # type: ignore[attr-defined]
         else:
