@@ -21,7 +21,8 @@ ALLOWED = {
     "run": set(),
     "launch": set(),
     "data": {
-        "datasets", "jinja2", "numpy", "pyarrow", "rich", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe",
+        "datasets", "jinja2", "numpy", "pyarrow", "rich", "tokenizers", "torch", "transformers",
+        "rlhf.batch", "rlhf.recipe",
     },
     "models": {
         "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe", "rlhf.algo.logprobs",
@@ -38,7 +39,8 @@ ALLOWED = {
     },
     "report": {"matplotlib", "rich", "yaml", "rlhf.recipe", "rlhf.run"},
     "cli": {
-        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.recipe", "rlhf.report", "rlhf.run",
+        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.recipe", "rlhf.report",
+        "rlhf.run",
         "rlhf.train.job", "rlhf.train.signals",
     },
 }  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 from rlhf import __version__
-from rlhf.errors import RecipeError, StoppedError, UserError
+from rlhf.errors import RecipeError, StoppedError, UserError, WorkerLostError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -162,11 +162,14 @@ def report(run: RunArgument) -> None:
 
 def main() -> None:
     """Run the command; turn a UserError into its message and exit code."""
+    if "RANK" in os.environ:  # DeepSpeed's launcher adds an argument of its own; the environment says the same
+        sys.argv = [word for word in sys.argv if not word.startswith("--local_rank=")]
     try:
         app()
     except UserError as error:
         wait_for_first_rank()
-        print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr, flush=True)
+        if not (isinstance(error, WorkerLostError) and is_ours()):  # the command that started the ranks knows more
+            print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr, flush=True)
         leave(error.exit_code)
     except KeyboardInterrupt:
         leave(130)
@@ -177,6 +180,13 @@ def wait_for_first_rank() -> None:
     if os.environ.get("RANK", "0") != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(LATER_RANK_S)
+
+
+def is_ours() -> bool:
+    """Whether this is a rank that `rlhf --gpus` has started."""
+    from rlhf.launch import launcher_pid
+
+    return launcher_pid() is not None
 
 
 def leave(code: int) -> None:

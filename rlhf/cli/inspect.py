@@ -70,5 +70,6 @@ def show_data(path: Path, stage: str | None, run: Path | None, overrides: list[s
     from rlhf.data.show import show
     from rlhf.train.tokenizers import find_tokenizer
 
-    for part in show(job.recipe.data, find_tokenizer(job, DATA_KIND[stage]), DATA_KIND[stage], count):
+    tokenizer = find_tokenizer(job, DATA_KIND[stage])
+    for part in show(job.recipe.data, tokenizer, DATA_KIND[stage], count, max_new_tokens=job.new_tokens()):
         out.print(part)

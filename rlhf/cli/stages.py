@@ -12,8 +12,8 @@ from rich.console import Console
 from rlhf.errors import RecipeError, StoppedError
 from rlhf.launch import World
 from rlhf.recipe.load import LoadedRecipe
-from rlhf.run.rundir import RunDir
 from rlhf.run.opened import Opened
+from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
 from rlhf.train.job import Job
 from rlhf.train.signals import StopRequest
@@ -25,6 +25,7 @@ NEXT = {
     "grpo": "rlhf report {run}",
     "dpo": "rlhf report {run}",
 }
+RANKS_PER_CORE = 2  # on a CPU, where ranks are for trying things out
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 
 
@@ -123,8 +124,13 @@ def wanted_world(command: StageCommand) -> World | None:
     """The devices that the command line asks for; None where this process is enough."""
     if command.hostfile is None and (command.gpus or 1) * (command.num_nodes or 1) == 1:
         return None
-    has_gpu = Path("/dev/nvidiactl").exists()
-    return World(command.gpus, command.num_nodes, command.hostfile, cpu=not has_gpu)
+    gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if command.hostfile is None and (command.gpus or 1) > (gpus or len(os.sched_getaffinity(0)) * RANKS_PER_CORE):
+        there = f"{gpus} GPUs" if gpus else f"no GPU and {len(os.sched_getaffinity(0))} CPU cores"
+        fix = "Use fewer devices, or name other machines with --hostfile."
+        what = f"expected devices of this machine, which has {there}, found {command.gpus}"
+        raise RecipeError(what, where="--gpus", fix=fix)
+    return World(command.gpus, command.num_nodes, command.hostfile, cpu=not gpus)
 
 
 def slots(world: World) -> int:

@@ -263,15 +263,16 @@ def stop_token_ids(
     tokenizer: PreTrainedTokenizerBase, generation_config: Any = None, extra: Sequence[str] = ()
 ) -> list[int]:
     """The ids that end an answer: of the tokenizer, the generation configuration, the template's turns, and `extra`."""
-    vocabulary = tokenizer.get_vocab()
-    for token in extra:
-        if token not in vocabulary:
+    ends = {tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids(ChatTemplate(tokenizer).end_token)}
+    for text in extra:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        if len(ids) != 1:
             raise RecipeError(
-                f"expected a token of the vocabulary, found {token!r}",
+                f"expected a token of the vocabulary, found {text!r}, which is {len(ids)} tokens",
                 where="sampling.stop",
                 fix="Answers end with single tokens; a text of several tokens cannot stop them.",
             )
-    ends = {tokenizer.eos_token_id, vocabulary[ChatTemplate(tokenizer).end_token], *(vocabulary[t] for t in extra)}
+        ends.add(ids[0])
     configured = None if generation_config is None else generation_config.eos_token_id
     ends.update([configured] if configured is None or isinstance(configured, int) else configured)
     return sorted(index for index in ends if index is not None)

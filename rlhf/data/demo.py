@@ -104,7 +104,7 @@ def join(prompt: str, completion: str) -> str:
 
 
 def gold_reward(prompt: str, completion: str) -> float:
-    """3 tanh(sentiment / 2) of the whole review, -3 where prompt and completion together are not a review."""
+    """4 tanh(sentiment / 2) of the whole review, -4 where prompt and completion together are not a review."""
     text = join(prompt, completion)
     return _reward(sentiment(tokenize(text))) if parses(text) else FLOOR
 

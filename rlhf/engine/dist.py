@@ -48,6 +48,15 @@ def finish() -> None:
         torch_dist.destroy_process_group()
 
 
+def is_lost_peer(error: BaseException) -> bool:
+    """Whether an error says that another rank is gone or does not answer."""
+    text = str(error)
+    told = any(
+        words in text for words in ("Connection reset by peer", "Connection closed by peer", "Timed out waiting")
+    )
+    return isinstance(error, torch_dist.DistError) or (isinstance(error, RuntimeError) and "gloo" in text and told)
+
+
 def rank() -> int:
     """This process's number."""
     return torch_dist.get_rank()

@@ -24,14 +24,14 @@ if TYPE_CHECKING:  # the folder opens itself: at run time only it knows this fil
     from rlhf.run.stage import StageDir
 
 Mode = Literal["new", "resume", "finished"]
-# What the user mends before the first step: the stage has then never begun, and leaves nothing behind.
-_MISTAKES = (RecipeError, DataError, CheckpointError, ResourceError, ServiceError, UnsafeError)
+# A mistake to mend, or a request to stop: before the first step the stage has never begun, and leaves nothing behind.
+_FALSE_STARTS = (RecipeError, DataError, CheckpointError, ResourceError, ServiceError, UnsafeError, StoppedError)
 
 
 class Opened:
     """A stage that this process may write to. Leaving the context records an error and gives the lock back.
 
-    After a mistake of the user's that came up before the first step, everything is as it was before the opening.
+    After a mistake or a request to stop before the first step, everything is as it was before the opening.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            undone = _is_mistake(error) and self.undo()
+            undone = _is_false_start(error) and self._undo()
             if error is not None and not undone and self._is_running():
                 state, reason = _ending(error)
                 with suppress(ResourceError):  # the first error is the one to report
@@ -55,7 +55,7 @@ class Opened:
         finally:
             self.close()
 
-    def undo(self) -> bool:
+    def _undo(self) -> bool:
         """Remove the folder if this opening made it and no step was finished since; --restart gives the old one back.
 
         Returns whether it did.
@@ -76,11 +76,11 @@ class Opened:
         self._lock.release()
 
 
-def _is_mistake(error: BaseException | None) -> bool:
-    """Of the user's, told by an error or, where ranks have told it, by the exit code that is passed on."""
+def _is_false_start(error: BaseException | None) -> bool:
+    """Told by an error or, where ranks have told it, by the exit code that is passed on."""
     if isinstance(error, SystemExit):
-        return error.code in [kind.exit_code for kind in _MISTAKES]
-    return isinstance(error, _MISTAKES)
+        return error.code in [kind.exit_code for kind in _FALSE_STARTS]
+    return isinstance(error, (*_FALSE_STARTS, KeyboardInterrupt))
 
 
 def _ending(error: BaseException) -> tuple[str, str]:

@@ -49,6 +49,10 @@ class Job:
         """The finished stages that this one starts from, each once."""
         return list({parent.path: parent for parent in self.parents.values()}.values())
 
+    def new_tokens(self) -> int:
+        """Tokens that must fit behind a prompt."""
+        return self.recipe.sampling.max_new_tokens if isinstance(self.recipe, OnlineRecipe) else 0
+
     def source(self, key: str, ref: ModelRef) -> str:
         """The folder or hub id of the model that a recipe key names."""
         if key in self.parents:

@@ -157,15 +157,16 @@ class OnlineCollector:
         """What the rollout looked like, over all ranks."""
         mask = scored.response_mask
         tokens = mask.sum()
+        num_scored = mask.any(-1).sum().clamp(min=1)
         scores = scored.scores[~scored.scores.isnan()]
         kl = k1(scored.old_logprobs, scored.ref_logprobs)
         metrics = {
             "reward/score_mean": scores.mean(),
             "reward/score_std": scores.std(),
             "reward/unscored": scored.scores.isnan().sum(),
-            "rollout/length_mean": mask.sum(-1).double().mean(),
+            "rollout/length_mean": tokens / num_scored,
             "rollout/finished": scored.finished.double().mean(),
-            "rollout/kl_ref": masked_sum(kl, mask) / len(scored),
+            "rollout/kl_ref": masked_sum(kl, mask) / num_scored,
             "rollout/ref_gap": masked_sum(kl.abs(), mask) / tokens,
             "rollout/sampler_gap": masked_sum((scored.old_logprobs - scored.sample_logprobs).abs(), mask) / tokens,
             "rollout/advantage_abs": masked_sum(experience.advantages.abs(), mask) / tokens,

@@ -11,11 +11,10 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine.engine import Engine
-from rlhf.errors import RecipeError
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.explain import offline_steps
 from rlhf.recipe.schema import SamplingBlock
-from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train import roles
 from rlhf.train.advantages import grpo_experience, ppo_experience
@@ -273,23 +272,8 @@ def _sample_writer(
 
 def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock) -> Sampler:
     """How answers end and how they are read: every end token that model, tokenizer, template or recipe names."""
-    stop_ids = {*chat.stop_token_ids(tokenizer, _generation_config(engine)), *stop_words(tokenizer, sampling.stop)}
-    return Sampler(sorted(stop_ids), tokenizer.pad_token_id, decoder(tokenizer))
-
-
-def stop_words(tokenizer: PreTrainedTokenizerFast, words: list[str]) -> list[int]:
-    """The recipe's own end tokens as ids."""
-    found = []
-    for word in words:
-        ids = tokenizer.encode(word, add_special_tokens=False)
-        if len(ids) != 1:
-            raise RecipeError(
-                f"expected single tokens of the model's vocabulary, found {word!r}, which is {len(ids)}",
-                where="sampling.stop",
-                fix="Answers end at a token; leave the word out, or cut the text in a reward function.",
-            )
-        found.append(ids[0])
-    return found
+    stop_ids = chat.stop_token_ids(tokenizer, _generation_config(engine), extra=sampling.stop)
+    return Sampler(stop_ids, tokenizer.pad_token_id, decoder(tokenizer))
 
 
 def _generation_config(engine: Engine) -> Any:
@@ -310,8 +294,3 @@ def pair_dataset(examples: list[PairExample], pad_id: int) -> Dataset:
 
 def _steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:
     return offline_steps(recipe.train, len(train))
-
-
-def new_tokens(recipe: Recipe) -> int:
-    """Tokens that must fit behind a prompt."""
-    return recipe.sampling.max_new_tokens if isinstance(recipe, OnlineRecipe) else 0

@@ -18,7 +18,7 @@ from transformers.utils import logging as hf_logging
 from rlhf.data import chat
 from rlhf.data.examples import load_examples
 from rlhf.engine import dist
-from rlhf.errors import ResourceError, StoppedError
+from rlhf.errors import ResourceError, StoppedError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.run.opened import Opened
 from rlhf.train import stages
@@ -42,7 +42,7 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
     """
     dist.start()
     console = Console(stderr=True)
-    with opened(job, held) as (mode, checkpoint), logging_to(job, console), out_of_memory():
+    with opened(job, held) as (mode, checkpoint), logging_to(job, console), in_users_words():
         if mode == "finished":
             logger.info("%s was finished before with the same inputs", job.folder.path)
             dist.finish()
@@ -60,7 +60,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     kind = DATA_KIND[job.stage]
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
-    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=stages.new_tokens(recipe))
+    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
     check_rewards(job, data.train)
     check_samples(job, tokenizer, data)
     for line in data.report.lines():
@@ -74,7 +74,8 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     first_step = load_checkpoint(checkpoint, parts.engines) if checkpoint else 0
     if dist.is_main():
         folder.cut_logs(first_step)
-    with Progress(f"{job.stage} {folder.name}", parts.steps, first_step, console) as progress:
+    title = job.stage if folder.name == job.stage else f"{job.stage} {folder.name}"
+    with Progress(title, parts.steps, first_step, console) as progress:
         stage = stages.to_stage(
             job,
             parts,
@@ -103,6 +104,8 @@ def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -
     for part, (engine, kind) in parts.published.items():
         state = engine.state_dict()
         if state is not None:
+            if kind == "policy":  # plain `generate` must stop where our rollouts do
+                engine.module.core.generation_config.eos_token_id = parts.stop_ids
             target = job.folder.export_dir(part)
             (save_policy if kind == "policy" else save_scorer)(engine.module, tokenizer, target, state)
         dist.barrier()
@@ -161,8 +164,8 @@ def opened(job: Job, held: Opened | None) -> Iterator[tuple[str, Path | None]]:
 
 
 @contextmanager
-def out_of_memory() -> Iterator[None]:
-    """Say what to do where a model or a batch does not fit."""
+def in_users_words() -> Iterator[None]:
+    """Say what happened, and what to do, where memory runs out or another rank is gone."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError) as error:
@@ -171,6 +174,11 @@ def out_of_memory() -> Iterator[None]:
             fix="Lower train.micro_batch or train.rollout_batch, raise zero.stage, use more devices, or turn on"
             " model.gradient_checkpointing.",
         ) from error
+    except RuntimeError as error:
+        if not dist.is_lost_peer(error):
+            raise
+        what = f"rank {dist.rank()} has lost another rank: {str(error).splitlines()[0][:200]}"
+        raise WorkerLostError(what, fix="The same command resumes.") from error
 
 
 class ConsoleHandler(logging.Handler):
@@ -203,7 +211,7 @@ def logging_to(job: Job, console: Console) -> Iterator[None]:
     try:
         yield
         logger.info("%.1f s in this process", time.monotonic() - started)
-    except StoppedError as error:
+    except (StoppedError, WorkerLostError) as error:
         logger.info(str(error.what))
         raise
     except Exception:
