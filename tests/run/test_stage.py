@@ -247,6 +247,7 @@ def test_a_rank_never_restarts_what_its_launcher_has_restarted(stage: StageDir) 
 )
 def test_an_error_is_recorded_as_the_end(stage: StageDir, error: BaseException, state: str, reason: str) -> None:
     with pytest.raises(type(error)), stage.open(INPUTS):
+        stage.write_status(step=3)
         raise error
     status = stage.read_status()
     assert (status["state"], status["exit_reason"]) == (state, reason) and status["ended"] >= status["started"]
@@ -255,8 +256,11 @@ def test_an_error_is_recorded_as_the_end(stage: StageDir, error: BaseException, 
         assert (status["state"], status["exit_reason"], status["ended"]) == ("running", None, None)
 
 
-@pytest.mark.parametrize("error", [DataError("no rows"), ServiceError("no network"), SystemExit(2), SystemExit(3)])
-def test_a_mistake_before_the_first_step_leaves_nothing(stage: StageDir, error: BaseException) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [DataError("no rows"), ServiceError("no network"), StoppedError("asked"), SystemExit(3), KeyboardInterrupt()],
+)
+def test_a_false_start_leaves_nothing(stage: StageDir, error: BaseException) -> None:
     with pytest.raises(type(error)), stage.open(INPUTS):
         raise error
     assert not stage.path.exists()
