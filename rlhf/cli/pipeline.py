@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.cli.stages import StageCommand, err, run_stage, slots, wanted_world
+from rlhf.cli.stages import StageCommand, err, slots, wanted_world
 from rlhf.errors import NumericsError, UserError
 from rlhf.recipe.load import PipelineCommand, load_pipeline, load_recipe
 from rlhf.run.commit import read_jsonl
@@ -37,9 +40,26 @@ def run_all(path: Path, options: PipelineOptions) -> None:
         words = [f"rlhf {step.stage} {step.recipe} --run {options.run}"]
         words += [f"--name {step.name}"] if step.name != step.stage else []
         err.print(f"\n$ {' '.join(words)}", style="bold", markup=False, soft_wrap=True)
-        run_stage(command)
+        run_job(command)
         if step.expect is not None and not options.dry_run:
             check_learning(step, options.run)
+
+
+def run_job(command: StageCommand) -> None:
+    """The stage in a process of its own: DeepSpeed and torch keep groups and memory until a process ends.
+
+    A request to stop goes on to it; where it fails, it has said why, and its exit code is ours.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "rlhf", *command.argv(), *command.launch_words()])
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a Ctrl-C reaches both from the terminal
+    try:
+        code = process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if code:
+        sys.exit(code if code > 0 else 128 - code)
 
 
 def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageCommand:

@@ -49,6 +49,12 @@ class StageCommand:
         """The stage folder, existing or not."""
         return RunDir(self.run).stage(self.stage if self.name is None else self.name)
 
+    def launch_words(self) -> list[str]:
+        """The options that `argv` leaves out."""
+        options = {"--gpus": self.gpus, "--num-nodes": self.num_nodes, "--hostfile": self.hostfile}
+        words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
+        return words + (["--dry-run"] if self.dry_run else []) + (["--restart"] if self.restart else [])
+
     def argv(self) -> list[str]:
         """The command for a rank: the same, without what starts ranks."""
         words = [self.stage, str(self.recipe), "--run", str(self.run)]
