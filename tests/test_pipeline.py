@@ -249,3 +249,27 @@ def test_a_stopped_stage_resumes_to_the_same_bytes(finished, stage):
     for part in ("model", "critic") if stage == "ppo" else ("model",):
         weights = [finished.root / f"{stage}-{how}" / part / "model.safetensors" for how in ("straight", "stopped")]
         assert weights[0].read_bytes() == weights[1].read_bytes(), part
+
+
+def test_a_pipeline_runs_its_stages_in_order_and_skips_what_is_finished(finished, cli):
+    file = finished.recipes / "pipeline.yaml"
+    steps = [
+        {"stage": "sft", "recipe": "sft.yaml"},
+        {"stage": "rm", "recipe": "rm.yaml", "name": "rm-long", "set": {"train.steps": 3}},
+        {
+            "stage": "dpo",
+            "recipe": "dpo.yaml",
+            "name": "dpo-last",
+            "expect": {"metric": "train/lr", "direction": "falls", "by": 0},
+        },
+    ]
+    file.write_text(yaml.safe_dump({"stages": steps}))
+    done = cli("run", file, "--run", finished.root)
+    assert done.code == 0, done.err
+    assert "sft was finished before" in done.out
+    assert len(finished.metrics("rm-long")) == 3
+    assert "dpo-last: train/lr went from" in done.err
+    steps[2]["expect"]["by"] = 1.0
+    file.write_text(yaml.safe_dump({"stages": steps}))
+    refused = cli("run", file, "--run", finished.root)
+    assert refused.code == 5 and "expected train/lr to change by at least 1" in refused.err
