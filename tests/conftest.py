@@ -7,10 +7,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
+
+from rlhf.data.demo import DemoSizes, write_demo_data
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,27 +26,94 @@ class Done:
     code: int
     out: str
     err: str
+    torch: bool  # whether the command imported it
 
 
-@pytest.fixture(scope="session")
-def cli() -> Iterator[Callable[..., Done]]:
-    """`cli("sft", "recipe.yaml", "--run", "runs/x")` runs the command in a fork of a warm process, from the root."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
-    server = subprocess.Popen(
-        [sys.executable, str(ROOT / "tests" / "warm_server.py")],
+@contextmanager
+def server(*arguments: str) -> Iterator[Callable[..., Done]]:
+    """Commands in forks of a process that waits for them, see warm_server.py."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "warm_server.py"), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
         env=env,
         cwd=ROOT,
     )
-    assert server.stdin and server.stdout and server.stdout.readline().strip() == "ready"
+    assert process.stdin and process.stdout and process.stdout.readline().strip() == "ready"
 
-    def run(*arguments: str | Path) -> Done:
-        print(json.dumps([str(word) for word in arguments]), file=server.stdin, flush=True)
-        answer = json.loads(server.stdout.readline())
-        return Done(answer["code"], answer["out"], answer["err"])
+    def run(*words: str | Path) -> Done:
+        print(json.dumps([str(word) for word in words]), file=process.stdin, flush=True)
+        return Done(**json.loads(process.stdout.readline()))
 
     yield run
-    server.stdin.close()
-    server.wait(timeout=30)
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+@pytest.fixture(scope="session")
+def cli() -> Iterator[Callable[..., Done]]:
+    """`cli("sft", "recipe.yaml", "--run", "runs/x")` runs the command in a fork of a warm process, from the root."""
+    with server() as run:
+        yield run
+
+
+@pytest.fixture(scope="session")
+def cold_cli() -> Iterator[Callable[..., Done]]:
+    """The same without torch in memory: `.torch` of the answer says whether the command asked for it."""
+    with server("cold") as run:
+        yield run
+
+
+@dataclass(frozen=True)
+class TinyRun:
+    """A run directory with finished `sft` and `rm` stages of a tiny model, their data, and a recipe for every stage."""
+
+    root: Path
+    recipes: Path
+    data: Path
+
+    def command(self, stage: str, *options: str | Path) -> list[str | Path]:
+        """The words of a stage's command in this run directory."""
+        return [stage, self.recipes / f"{stage}.yaml", "--run", self.root, *options]
+
+    def files(self) -> dict[str, int]:
+        """Every file with its time; locks come and go with the commands that look at a stage."""
+        found = [path for path in self.root.rglob("*") if path.is_file() and not path.name.endswith(".lock")]
+        return {str(path.relative_to(self.root)): path.stat().st_mtime_ns for path in found}
+
+
+def tiny_recipes(data: Path, context: int = 128) -> dict[str, dict]:
+    """A recipe per stage that runs in a second."""
+    init = {"hidden": 32, "layers": 2, "heads": 2, "ffn": 64, "vocab": 400, "context": context}
+    offline = {"steps": 2, "batch_size": 8, "micro_batch": 4, "lr": 1e-3}
+    online = {"rollouts": 2, "prompts": 8, "micro_batch": 4, "minibatches": 2, "inner_epochs": 2, "lr": 1e-4}
+
+    def rows(name: str, held_out: int) -> dict:
+        return {"path": str(data / f"{name}.jsonl"), "eval_rows": held_out, "max_length": 96}
+
+    policy = {"model": {"from": "sft"}, "sampling": {"max_new_tokens": 12}}
+    sampled = {**policy, "data": rows("prompts", 0)}
+    return {
+        "sft": {**policy, "model": {"init": init}, "data": rows("sft", 8), "train": offline},
+        "rm": {"model": {"from": "sft"}, "data": rows("pairs", 8), "train": offline},
+        "dpo": {**policy, "data": rows("pairs", 8), "train": offline},
+        "ppo": {**sampled, "train": online, "critic": {"lr": 1e-4}},
+        "grpo": {**sampled, "train": {**online, "answers": 4}},
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny(cli: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
+    """Made once; tests give further stages names of their own."""
+    folder = tmp_path_factory.mktemp("tiny")
+    run = TinyRun(folder / "run", folder / "recipes", folder / "data")
+    run.recipes.mkdir()
+    write_demo_data(run.data, 0, DemoSizes(sft=60, pairs=60, prompts=40, eval_prompts=8, eval_pairs=8))
+    for stage, recipe in tiny_recipes(run.data).items():
+        (run.recipes / f"{stage}.yaml").write_text(yaml.safe_dump(recipe))
+    for stage in ("sft", "rm"):
+        done = cli(*run.command(stage))
+        assert done.code == 0, done.err
+    return run

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 
-from rlhf.errors import CheckpointError, UnsafeError
+from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.options import FunctionReward
@@ -30,6 +31,7 @@ def prepare(
     folder = run.stage(stage if name is None else name)
     loaded = load_recipe(path, stage, overrides, world_size=world_size)
     loaded.check_files()
+    check_extras(loaded)
     recipe = loaded.recipe
     code = check_code(loaded, allowed_code)
     parents: dict[str, Parent] = {}
@@ -49,6 +51,16 @@ def prepare(
     }
     job = Job(stage, folder, recipe, loaded.raw_text, resolved, parents, inputs, restart, None, code)
     return job, loaded
+
+
+def check_extras(loaded: LoadedRecipe) -> None:
+    """What a recipe asks for beyond the package's own requirements must be installed."""
+    if loaded.recipe.log.wandb and importlib.util.find_spec("wandb") is None:
+        raise RecipeError(
+            "expected the package wandb, found it not installed",
+            where=f"{loaded.place('log.wandb')}: log.wandb",
+            fix="Install it with: pip install 'rlhf[wandb]', or remove the key; metrics.jsonl has everything.",
+        )
 
 
 def check_code(loaded: LoadedRecipe, allowed: list[Path]) -> frozenset[Path]:

@@ -74,8 +74,12 @@ def _trackers(log: LogBlock, folder: Path, run_name: str) -> list[Callable[[int,
         writer = SummaryWriter(str(folder / "tensorboard"))
         trackers.append(lambda step, row: [writer.add_scalar(name, value, step) for name, value in row.items()])
     if log.wandb:
-        import wandb  # an optional extra: pip install rlhf[wandb]
+        import wandb  # an optional extra
 
-        run = wandb.init(project=log.wandb, name=run_name, dir=str(folder))
-        trackers.append(lambda step, row: run.log(row, step=step))
+        try:
+            run = wandb.init(project=log.wandb, name=run_name, dir=str(folder))
+        except Exception as error:  # noqa: BLE001  no login, no network: the run goes on without
+            logger.warning("Weights & Biases is left out: %s", error)
+        else:
+            trackers.append(lambda step, row: run.log(row, step=step))
     return trackers

@@ -12,7 +12,7 @@ from rlhf.models.load import read_config
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer
 from rlhf.recipe.options import ExactReward, FunctionReward, NumericReward
 from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import OnlineRecipe, PreferenceRecipe, SFTRecipe
+from rlhf.recipe.stages import OnlineRecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.rules import RULES, load_function
 from rlhf.train.job import Job, model_refs
 from rlhf.train.objectives import bind
@@ -21,6 +21,8 @@ from rlhf.train.samples import shown_prompts
 
 def check_models(job: Job, tokenizer: PreTrainedTokenizerFast) -> None:
     """Every model of the stage is of the right kind, has room for the rows, and reads the same tokens as the policy."""
+    if not isinstance(job.recipe, RewardRecipe):
+        chat.stop_token_ids(tokenizer, None, extra=job.recipe.sampling.stop)  # for what it refuses
     for key, ref, kinds in model_refs(job.stage, job.recipe):
         if not (ref.from_ or ref.path):
             continue
