@@ -112,7 +112,8 @@ def describe_batch(recipe: Recipe, world_size: int, num_rows: int | None = None)
     """The batch arithmetic in a line or two: from rows or prompts to optimizer steps. num_rows: None while unknown."""
     if isinstance(recipe, OnlineRecipe):
         return _online_batch(recipe, world_size)
-    train: TrainBlock = recipe.train  # type: ignore[attr-defined]
+    train = recipe.train
+    assert isinstance(train, TrainBlock)
     size = _micro_batches(train.batch_size, train.micro_batch, world_size)
     lines = [f"{_count(train.batch_size, 'row')} per optimizer step -> {size}"]
     if train.steps is not None:

@@ -210,17 +210,22 @@ class OptimBlock(Block):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
 
-class TrainBlock(OptimBlock):
+class LearnBlock(OptimBlock):
+    """What both kinds of training share."""
+
+    micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
+
+
+class TrainBlock(LearnBlock):
     """Offline training: passes over a fixed dataset."""
 
     epochs: float = Field(1.0, gt=0, description="passes over the data; ignored where `steps` is given")
     steps: int | None = Field(None, ge=1, description="optimizer steps")
     batch_size: int = Field(64, ge=1, description="rows per optimizer step, over all devices")
-    micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
 
 
-class OnlineTrainBlock(OptimBlock):
+class OnlineTrainBlock(LearnBlock):
     """On-policy training: sample, score, then learn from the samples."""
 
     rollouts: int = Field(100, ge=1, description="rounds of sampling and learning")
@@ -228,9 +233,7 @@ class OnlineTrainBlock(OptimBlock):
     answers: int = Field(1, ge=1, description="answers sampled per prompt")
     inner_epochs: int = Field(1, ge=1, description="passes over each rollout")
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass; must divide prompts x answers")
-    micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
     rollout_batch: int = Field(64, ge=1, description="rows sampled together on a device")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
 
 
 class SamplingBlock(Block):

@@ -25,6 +25,7 @@ from rlhf.recipe.schema import (
     CheckpointBlock,
     DataBlock,
     EvalBlock,
+    LearnBlock,
     LogBlock,
     ModelBlock,
     ModelRef,
@@ -101,6 +102,7 @@ class Recipe(Block):
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the trained model")
     checkpoint: CheckpointBlock = Field(CheckpointBlock(), description="checkpoints for resuming")
     log: LogBlock = Field(LogBlock(), description="what is shown and recorded")
+    train: LearnBlock = Field(LearnBlock(), description="optimisation")
 
 
 class SFTRecipe(Recipe):

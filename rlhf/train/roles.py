@@ -25,20 +25,20 @@ logger = logging.getLogger("rlhf.roles")
 def policy_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     """The policy that the stage trains."""
     block = job.recipe.model
-    setup = Setup.to_train(block, job.recipe.train.seed)  # type: ignore[attr-defined]
+    setup = Setup.to_train(block, job.recipe.train.seed)
     with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
         model = build_policy(_source(job), tokenizer, setup, revision=block.revision)
-    return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype, job.recipe.train)  # type: ignore[attr-defined]
+    return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype, job.recipe.train)
 
 
 def reward_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     """The reward model that `rlhf rm` trains; the head of an existing reward model is kept."""
     block, source = job.recipe.model, _source(job)
-    setup = Setup.to_train(block, job.recipe.train.seed)  # type: ignore[attr-defined]
+    setup = Setup.to_train(block, job.recipe.train.seed)
     keep = isinstance(source, str) and has_score_head(source, block.revision)
     with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
         model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=block.revision)
-    return _engine("reward", ScorerModule(model), job.recipe.zero, block.dtype, job.recipe.train)  # type: ignore[attr-defined]
+    return _engine("reward", ScorerModule(model), job.recipe.zero, block.dtype, job.recipe.train)
 
 
 def critic_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
@@ -95,7 +95,7 @@ def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
             with sharded_loading(spec.zero, bf16=spec.dtype == "bf16"):
                 model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
             engine = _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
-            parts[name] = model_part(engine, recipe.train.micro_batch, engine.device)  # type: ignore[attr-defined]
+            parts[name] = model_part(engine, recipe.train.micro_batch, engine.device)
         else:
             parts[name] = rule_part(bind(RULES, spec))
         weights[name] = spec.weight

@@ -225,7 +225,7 @@ def to_stage(
 
     def evaluate_now(done: int) -> dict[str, float]:
         assert held_out is not None
-        return evaluate(parts.objectives[0], held_out, recipe.train.micro_batch)  # type: ignore[attr-defined]
+        return evaluate(parts.objectives[0], held_out, recipe.train.micro_batch)
 
     def is_sample_step(done: int) -> bool:
         return done == parts.steps or bool(recipe.log.samples_every and done % recipe.log.samples_every == 0)
@@ -233,7 +233,7 @@ def to_stage(
     return Stage(
         steps=parts.steps,
         updates_per_step=parts.updates_per_step,
-        micro_batch=recipe.train.micro_batch,  # type: ignore[attr-defined]
+        micro_batch=recipe.train.micro_batch,
         collector=parts.collector,
         objectives=parts.objectives,
         key_metric=parts.key_metric,
@@ -260,7 +260,7 @@ def _sample_writer(
         parts.sampling,
         sampler(engine, tokenizer, parts.sampling),
         parts.scorer,
-        job.recipe.train.seed,  # type: ignore[attr-defined]
+        job.recipe.train.seed,
         job.recipe.log,
         job.folder,
         progress,

@@ -55,7 +55,7 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
 def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console) -> None:
     """Data, models, loop, publication."""
     recipe, folder = job.recipe, job.folder
-    seed = recipe.train.seed  # type: ignore[attr-defined]
+    seed = recipe.train.seed
     seed_everything(seed)
     kind = DATA_KIND[job.stage]
     tokenizer = stage_tokenizer(job, kind)
