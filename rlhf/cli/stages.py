@@ -131,7 +131,8 @@ def wanted_world(command: StageCommand) -> World | None:
     if command.hostfile is None and (command.gpus or 1) * (command.num_nodes or 1) == 1:
         return None
     gpus = len(list(Path("/dev").glob("nvidia[0-9]*")))
-    if command.hostfile is None and (command.gpus or 1) > (gpus or len(os.sched_getaffinity(0)) * RANKS_PER_CORE):
+    here = gpus or len(os.sched_getaffinity(0)) * RANKS_PER_CORE
+    if command.hostfile is None and not command.dry_run and (command.gpus or 1) > here:
         there = f"{gpus} GPUs" if gpus else f"no GPU and {len(os.sched_getaffinity(0))} CPU cores"
         fix = "Use fewer devices, or name other machines with --hostfile."
         what = f"expected devices of this machine, which has {there}, found {command.gpus}"
