@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.cli.stages import StageCommand, err, slots, wanted_world
+from rlhf.cli.stages import StageCommand, err, run_stage, slots, wanted_world
 from rlhf.errors import NumericsError, UserError
 from rlhf.recipe.load import PipelineCommand, load_pipeline, load_recipe
 from rlhf.run.commit import read_jsonl
@@ -40,8 +40,11 @@ def run_all(path: Path, options: PipelineOptions) -> None:
         words = [f"rlhf {step.stage} {step.recipe} --run {options.run}"]
         words += [f"--name {step.name}"] if step.name != step.stage else []
         err.print(f"\n$ {' '.join(words)}", style="bold", markup=False, soft_wrap=True)
+        if options.dry_run:
+            run_stage(command)
+            continue
         run_job(command)
-        if step.expect is not None and not options.dry_run:
+        if step.expect is not None:
             check_learning(step, options.run)
 
 
