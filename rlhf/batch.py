@@ -72,7 +72,6 @@ class Pairs(Rows):
     chosen: Tokens
     rejected: Tokens
     margin: Tensor  # (B,) float32, 0 where the data has none
-    rows: list[int]  # dataset row numbers, the key of cached reference log-probs
     ref_chosen: Tensor | None = None  # (B,) summed reference log-probs, where precomputed
     ref_rejected: Tensor | None = None
 

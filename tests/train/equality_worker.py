@@ -79,7 +79,7 @@ def batch_for(name: str) -> Rows:
         return tokens(1)
     if name in ("rm", "dpo"):
         refs = {"ref_chosen": torch.linspace(-80, -20, 8), "ref_rejected": torch.linspace(-30, -90, 8)}
-        pairs = Pairs(tokens(1), tokens(2), torch.linspace(0, 1, 8), list(range(8)))
+        pairs = Pairs(tokens(1), tokens(2), torch.linspace(0, 1, 8))
         return replace(pairs, **refs) if name == "dpo" else pairs
     return experience(3)
 
