@@ -8,9 +8,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.cli.stages import StageCommand, err, run_stage, slots, wanted_world
+from rlhf.cli.stages import StageCommand, err, show_dry_run, slots, wanted_world
 from rlhf.errors import NumericsError, UserError
-from rlhf.recipe.load import PipelineCommand, load_pipeline, load_recipe
+from rlhf.recipe.load import LoadedRecipe, PipelineCommand, dump_recipe, load_pipeline, load_recipe
 from rlhf.run.commit import read_jsonl
 from rlhf.run.rundir import RunDir
 
@@ -35,13 +35,13 @@ def run_all(path: Path, options: PipelineOptions) -> None:
     """
     steps = load_pipeline(path)
     commands = [stage_command(step, options) for step in steps]
-    check_all(path, commands)
-    for step, command in zip(steps, commands, strict=True):
+    recipes = check_all(path, commands)
+    for step, command, (loaded, ranks) in zip(steps, commands, recipes, strict=True):
         words = [f"rlhf {step.stage} {step.recipe} --run {options.run}"]
         words += [f"--name {step.name}"] if step.name != step.stage else []
         err.print(f"\n$ {' '.join(words)}", style="bold", markup=False, soft_wrap=True)
-        if options.dry_run:
-            run_stage(command)
+        if options.dry_run:  # not the stage's own, which asks for parents that are not made yet
+            show_dry_run(dump_recipe(loaded.recipe), loaded, ranks)
             continue
         run_job(command)
         if step.expect is not None:
@@ -81,19 +81,26 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
     )
 
 
-def check_all(path: Path, commands: list[StageCommand]) -> None:
-    """Every recipe of the pipeline, and the files it names, as far as that is possible before its parents exist."""
+def check_all(path: Path, commands: list[StageCommand]) -> list[tuple[LoadedRecipe, int]]:
+    """Every recipe of the pipeline, and the files it names, as far as that is possible before its parents exist.
+
+    Returns the recipes with their numbers of ranks.
+    """
     problems: dict[type[UserError], list[str]] = {}
+    recipes = []
     for command in commands:
         try:
             command.folder()
             world = wanted_world(command)
             ranks = 1 if world is None else slots(world)
-            load_recipe(command.recipe, command.stage, command.overrides, world_size=ranks).check_files()
+            loaded = load_recipe(command.recipe, command.stage, command.overrides, world_size=ranks)
+            loaded.check_files()
+            recipes.append((loaded, ranks))
         except UserError as error:
             problems.setdefault(type(error), []).append(f"{error}\n  in {path}, stage {command.name or command.stage}")
     for kind, texts in problems.items():
         raise kind("\n".join(dict.fromkeys(texts)))
+    return recipes
 
 
 def check_learning(step: PipelineCommand, run: Path) -> None:
