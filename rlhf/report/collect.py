@@ -65,7 +65,8 @@ class RunPage:
 def read_run(root: Path) -> RunPage:
     """Read a run directory. Raises only where there is none."""
     if not root.is_dir():
-        raise CheckpointError("expected a run directory, found nothing", where=str(root))
+        found = "a file" if root.exists() else "nothing"
+        raise CheckpointError(f"expected a run directory, found {found}", where=str(root))
     run = RunDir(root)
     problems: list[str] = []
     stages = [read_stage(run.stage(summary.name), summary) for summary in run.describe()]

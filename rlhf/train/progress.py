@@ -72,8 +72,13 @@ class Progress:
     def show_sample(self, prompt: str, answer: str, score: float | None) -> None:
         """One sample generation, above the bar."""
         shown = "" if score is None else f"  [{score:.2f}]"
-        line = Text.assemble("  > ", (prompt, "dim"), " | ", (answer, "green"), (shown, "bold"))
+        line = Text.assemble("  > ", (one_line(prompt), "dim"), " | ", (one_line(answer), "green"), (shown, "bold"))
         self._bar.console.print(line, soft_wrap=True)
+
+
+def one_line(text: str) -> str:
+    """Text that a model wrote, without what would break the line or command the terminal."""
+    return "".join(c if c.isprintable() else "\u23ce" if c == "\n" else "\ufffd" for c in text)
 
 
 def _short(value: float) -> str:

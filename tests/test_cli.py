@@ -1,0 +1,189 @@
+"""The command line as a promise: its commands and options, what goes to which stream, exit codes, and what it costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.main import get_command
+
+import rlhf
+from rlhf import errors
+from rlhf.cli.app import STAGES, app
+
+STAGE = "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code"
+COMMANDS = {
+    "sft": STAGE,
+    "rm": STAGE,
+    "ppo": STAGE,
+    "grpo": STAGE,
+    "dpo": STAGE,
+    "reward-model": STAGE,
+    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code",
+    "status": "run --json",
+    "show": "recipe -n/--count --stage --run --set",
+    "explain": "key --stage",
+    "schema": "stage",
+    "eval": "run",
+    "report": "run",
+}
+EXIT_CODES = {
+    "UserError": 1,
+    "RecipeError": 2,
+    "DataError": 3,
+    "CheckpointError": 4,
+    "NumericsError": 5,
+    "BusyError": 6,
+    "ResourceError": 7,
+    "ServiceError": 8,
+    "UnsafeError": 9,
+    "WorkerLostError": 10,
+    "StoppedError": 75,
+}
+
+
+def words(command) -> str:
+    """A command's arguments and options in order."""
+    return " ".join(p.name if p.param_type_name == "argument" else "/".join(p.opts) for p in command.params)
+
+
+def test_commands_and_options_are_frozen():
+    assert {name: words(command) for name, command in get_command(app).commands.items()} == COMMANDS
+
+
+def test_every_stage_has_identical_options():
+    commands = get_command(app).commands
+    helps = {name: [(p.name, p.opts, p.required, p.default) for p in commands[name].params] for name in STAGES}
+    assert all(options == helps["sft"] for options in helps.values())
+
+
+def test_exit_codes_are_frozen():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, errors.UserError)]
+    assert {kind.__name__: kind.exit_code for kind in kinds} == EXIT_CODES
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
+def test_help_needs_no_torch(cold_cli, command):
+    done = cold_cli(*([command] if command else []), "--help")
+    assert done.code == 0 and not done.torch and done.err == ""
+    for option in COMMANDS[command].split() if command else COMMANDS.keys() - {"reward-model"}:
+        assert option.split("/")[-1] in done.out
+
+
+def test_version(cold_cli):
+    done = cold_cli("--version")
+    assert (done.code, done.out, done.err, done.torch) == (0, f"rlhf {rlhf.__version__}\n", "", False)
+
+
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        ([], "Usage: rlhf"),
+        (["nonsense"], "No such command 'nonsense'"),
+        (["sft"], "Missing argument 'recipe'"),
+        (["sft", "x.yaml"], "Missing option '--run'"),
+        (["sft", "x.yaml", "--run", "x", "--lr", "1"], "No such option: --lr"),
+        (["sft", "x.yaml", "--run", "x", "--gpus", "0"], "Invalid value for '--gpus'"),
+        (
+            ["sft", "no-such.yaml", "--run", "x"],
+            "error: no-such.yaml: expected a YAML file, found nothing\n  it is looked",
+        ),
+        (["sft", "recipes/demo/stf.yaml", "--run", "x"], "did you mean recipes/demo/sft.yaml?"),
+        (["sft", "recipes/demo", "--run", "x"], "expected a YAML file, found a folder"),
+        (["run", "no-such.yaml", "--run", "x"], "expected a YAML file, found nothing"),
+        (["show", "recipes/demo/pipeline.yaml"], "--stage sft | rm | dpo | ppo | grpo"),
+        (["schema", "stf"], "expected one of sft, rm, ppo, grpo, dpo, found 'stf'"),
+        (["explain", "train.lrr"], "did you mean train.lr?"),
+        (["explain", "lr", "--stage", "stf"], "expected one of sft, rm, ppo, grpo, dpo, found 'stf'"),
+    ],
+)
+def test_what_cannot_be_understood_exits_2_and_says_why(cold_cli, command, text):
+    done = cold_cli(*command)
+    assert done.code == 2 and done.out == "" and not done.torch
+    assert text in done.err and "Traceback" not in done.err
+    assert not Path("x").exists()
+
+
+@pytest.mark.parametrize("command", ["status", "report"])
+def test_what_is_no_run_directory(cold_cli, tmp_path, command):
+    for path, found in ((tmp_path / "nothing", "found nothing"), (Path(__file__), "found a file")):
+        done = cold_cli(command, path)
+        assert done.code == 4 and found in done.err and done.out == "" and "Traceback" not in done.err
+
+
+def test_an_empty_run_directory(cold_cli, tmp_path):
+    done = cold_cli("status", tmp_path)
+    assert done.code == 0 and done.err == ""
+    assert "no stages yet" in done.out and f"next: rlhf sft RECIPE --run {tmp_path}" in done.out
+    assert cold_cli("status", tmp_path, "--json").out == "[]\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_schema_and_explain_print_to_stdout(cold_cli):
+    for stage in STAGES:
+        done = cold_cli("schema", stage)
+        assert done.code == 0 and json.loads(done.out)["title"] == f"rlhf {stage} recipe" and not done.torch
+    assert "peak learning rate" in cold_cli("explain", "train.lr", "--stage", "sft").out
+
+
+# --- streams, dry runs ------------------------------------------------------------------------------------------------
+
+
+def test_the_result_is_on_stdout_and_the_log_on_stderr(cli, tiny):
+    done = cli(*tiny.command("dpo", "--name", "streams"))
+    assert done.code == 0, done.err
+    folder = tiny.root / "streams"
+    assert done.out.splitlines() == [f"dpo finished: {folder}/model", f"next: rlhf report {tiny.root}"]
+    log = (folder / "log.txt").read_text()
+    for line in done.err.splitlines():
+        assert line.startswith("  > ") or line.partition(" ")[2] in log, line
+    assert "parameters" in done.err and "\x1b" not in done.err
+
+
+def test_a_finished_stage_answers_without_torch(cold_cli, tiny):
+    before = tiny.files()
+    done = cold_cli(*tiny.command("sft"))
+    assert done.code == 0 and not done.torch and done.err == ""
+    assert "sft was finished before with the same inputs" in done.out and "next: rlhf rm" in done.out
+    assert tiny.files() == before
+    alias = cold_cli("reward-model", *tiny.command("rm")[1:])
+    assert alias.code == 0 and "rm was finished before" in alias.out
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_dry_run_shows_every_default_and_writes_nothing(cold_cli, tiny, stage):
+    before = tiny.files()
+    options = ["--name", "dry", "--set", "train.lr=3e-5", "--gpus", "2", "--dry-run"]
+    done = cold_cli(*tiny.command(stage, *options))
+    assert done.code == 0 and not done.torch, done.err
+    assert tiny.files() == before and not (tiny.root / ".dry.lock").exists()
+    resolved = yaml.safe_load(done.out)
+    assert float(resolved["train"]["lr"]) == 3e-5 and resolved["train"]["weight_decay"] == 0.0
+    assert "of 2 devices" in done.out.splitlines()[-2] + done.out.splitlines()[-1]
+
+
+def test_a_dry_run_finds_what_a_run_would_find(cold_cli, tiny, tmp_path):
+    broken = tmp_path / "rows.jsonl"
+    broken.write_text('{"prompt": "a", "completion": "b"}\n{"prompt"\n')
+    done = cold_cli(*tiny.command("sft", "--dry-run", "--set", f"data.path={broken}"))
+    assert done.code == 3 and "rows.jsonl:2" in done.err and done.out == ""
+
+
+def test_a_dry_run_of_a_pipeline_needs_no_parents(cold_cli, tiny, tmp_path):
+    pipeline = tmp_path / "pipeline.yaml"
+    steps = [{"stage": stage, "recipe": str(tiny.recipes / f"{stage}.yaml")} for stage in ("sft", "rm", "ppo")]
+    pipeline.write_text(yaml.safe_dump({"stages": steps}))
+    done = cold_cli("run", pipeline, "--run", tmp_path / "run", "--dry-run")
+    assert done.code == 0 and not done.torch, done.err
+    assert done.out.count("sampling:") == 2 and done.err.count("$ rlhf ") == 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_status_of_a_run_directory(cold_cli, tiny):
+    table = cold_cli("status", tiny.root)
+    assert table.code == 0 and not table.torch
+    assert "sft" in table.out and "finished" in table.out and "2/2" in table.out
+    stages = {stage["name"]: stage for stage in json.loads(cold_cli("status", tiny.root, "--json").out)}
+    assert stages["rm"]["parents"] == ["sft"] and stages["rm"]["kind"] == "reward"
