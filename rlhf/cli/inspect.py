@@ -34,6 +34,8 @@ def show_status(path: Path, *, as_json: bool) -> None:
     table = Table("stage", "command", "state", "step", "key metric", "parents", "time", title=str(path), box=None)
     for stage in stages:
         table.add_row(*_row(stage))
+    if not out.is_terminal:
+        out.width = max(out.width, 140)  # piped into a file nothing is gained by breaking lines at 80
     out.print(table)
 
 
