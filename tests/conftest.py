@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -117,3 +118,41 @@ def tiny(cli: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory) -> 
         done = cli(*run.command(stage))
         assert done.code == 0, done.err
     return run
+
+
+@pytest.fixture
+def forked() -> Callable[[Callable[[], object]], None]:
+    """`forked(body)` runs `body()` in a child that is a group of one rank: DeepSpeed keeps a group for good."""
+    return in_child
+
+
+def in_child(body: Callable[[], object]) -> None:
+    """Run a function in a fork; its traceback is this process's failure."""
+    # Imported here, since most tests need none of it, and before the fork, since every child would pay for it.
+    import deepspeed.runtime.zero.muon.muon_optimizer
+    import deepspeed.runtime.zero.stage3
+    import torch._dynamo
+
+    from rlhf.engine import dist
+
+    assert deepspeed.ops.__compatible_ops__  # found out once
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        failure = ""
+        try:
+            os.close(read)
+            torch.set_num_threads(1)  # threads of the parent's pool are not there
+            dist.start()
+            body()
+        except BaseException:
+            failure = traceback.format_exc()
+        with os.fdopen(write, "w") as pipe:
+            pipe.write(failure)
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        failure = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert not failure and code == 0, failure or f"the child ended with {code}"

@@ -23,7 +23,7 @@ from rlhf.errors import CheckpointError, NumericsError, UnsafeError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
 _TAG = "deepspeed"
-# What DeepSpeed's own optimizer files need to be unpickled; anything else in them is refused unread.
+# What DeepSpeed's own files need to be unpickled; anything else in them is refused unread.
 _ALLOWED_GLOBALS = {
     "deepspeed.runtime.fp16.loss_scaler.LossScaler",
     "deepspeed.runtime.zero.config.ZeroStageEnum",
@@ -47,8 +47,7 @@ class Engine:
             self._engine.eval()  # returns None: never chain it
         else:
             optimizer = _optimizer(module, optim)
-            if zero_block.stage == 0:
-                optimizer.register_step_pre_hook(self._clip_before_step)
+            optimizer.register_step_pre_hook(self._refuse_before_step if zero_block.stage else self._clip_before_step)
             config = zero.trained_config(zero_block, optim, bf16=bf16)
             self._engine = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -105,11 +104,15 @@ class Engine:
             group["lr"] = lr
         self._engine.step()
         if self.zero.stage:
-            norm = self._engine.get_global_grad_norm()
-            self._grad_norm = math.nan if norm is None else float(norm)
+            self._refuse_before_step()  # again: in fp32 DeepSpeed itself has skipped the step, without a word
+        return self._grad_norm
+
+    def _refuse_before_step(self, *_: Any) -> None:
+        """Stages 1 to 3: DeepSpeed has taken the norm over all ranks, so all of them stop where it is not finite."""
+        norm = self._engine.optimizer._global_grad_norm
+        self._grad_norm = math.nan if norm is None or norm < 0 else float(norm)  # -1 stands for not finite
         if not math.isfinite(self._grad_norm):
             raise _bad_gradient(self._grad_norm)
-        return self._grad_norm
 
     def _clip_before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """Stage 0: see the norm, refuse a non-finite one before any weight changes, clip."""
@@ -162,11 +165,14 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote with the same number of ranks and the same stage; every rank must call it."""
-        for file in sorted((folder / _TAG).glob("*optim_states.pt")):
+        files = sorted((folder / _TAG).glob("*.pt"))
+        if not files:
+            raise CheckpointError("expected a checkpoint, found none", where=str(folder))
+        for file in files:
             strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _ALLOWED_GLOBALS
             if strange:
                 raise UnsafeError(
-                    f"expected optimizer state, found code ({', '.join(sorted(strange))})",
+                    f"expected weights or optimizer state, found code ({', '.join(sorted(strange))})",
                     where=str(file),
                     fix="Delete this checkpoint; an older one is used then.",
                 )
