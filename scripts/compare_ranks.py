@@ -4,6 +4,9 @@
 
 One process without sharding, then GPUS ranks under ZeRO-2 (trained models) and under ZeRO-3 (all models, down to the
 smallest parameter). Exits 1 where a curve differs by more than --tolerance of its size.
+
+On-policy curves part for good once a draw falls on the edge between two tokens and rounding decides it; a
+train.rollout_batch that is one rank's share gives equal matrix shapes on both sides and makes that rare.
 """
 
 from __future__ import annotations
@@ -39,8 +42,8 @@ def curves(metrics: Path) -> dict[str, list[float]]:
 
 
 def difference(found: list[float], expected: list[float]) -> float:
-    """The largest difference of any step, as a share of the curve's largest value."""
-    scale = max(abs(value) for value in expected) or 1.0
+    """The largest difference of any step, as a share of the curve's largest value (of 0.001 where it is all but 0)."""
+    scale = max(1e-3, *(abs(value) for value in expected))
     return max(abs(a - b) for a, b in zip(found, expected, strict=True)) / scale
 
 
