@@ -50,7 +50,7 @@ def pair_logprobs(reference: Reference, data: Dataset, micro_batch: int) -> tupl
     """Summed reference log-probs of all chosen and all rejected answers, (n,) each, on every rank."""
     found = torch.zeros(2, len(data), dtype=torch.float64)
     with reference.engine.evaluating():
-        for rows, is_real in even_batches(len(data), micro_batch):
+        for rows, is_real in even_batches(len(data), micro_batch, dist.rank(), dist.world_size()):
             pairs = data.batch(rows)
             assert isinstance(pairs, Pairs)
             both = trim(join(pairs)).to(reference.device)

@@ -40,23 +40,24 @@ class SupervisedCollector:
         """This rank's rows of the step's global batch."""
         rows = order.rows(len(self.data), self.batch_size, step, self.seed)
         tokens = sum(self.data.lengths[row] for row in rows)
-        return Collected([self.data.batch(balanced_share(rows, self.data.lengths))], tokens=tokens)
+        mine = balanced_share(rows, self.data.lengths, dist.rank(), dist.world_size())
+        return Collected([self.data.batch(mine)], tokens=tokens)
 
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         """Hand the first minibatch's metrics to the stage's invariant check."""
         self.check(step, metrics)
 
 
-def balanced_share(rows: list[int], lengths: list[int]) -> list[int]:
-    """This rank's rows: dealt out longest first, so that ranks get equal work and memory errors show at once."""
+def balanced_share(rows: list[int], lengths: list[int], rank: int, world: int) -> list[int]:
+    """A rank's rows: dealt out longest first, so that ranks get equal work and memory errors show at once."""
     ordered = sorted(rows, key=lambda row: -lengths[row])
-    return ordered[dist.rank() :: dist.world_size()]
+    return ordered[rank::world]
 
 
-def even_batches(size: int, micro_batch: int) -> list[tuple[list[int], bool]]:
-    """This rank's micro-batches of range(size), equally many on every rank; False marks a mere stand-in."""
-    mine = list(range(size))[dist.rank() :: dist.world_size()]
-    calls = math.ceil(math.ceil(size / dist.world_size()) / micro_batch)
+def even_batches(size: int, micro_batch: int, rank: int, world: int) -> list[tuple[list[int], bool]]:
+    """A rank's micro-batches of range(size), equally many on every rank; False marks a mere stand-in."""
+    mine = list(range(size))[rank::world]
+    calls = math.ceil(math.ceil(size / world) / micro_batch)
     batches = [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(calls)]
     return [(batch, True) if batch else ([0], False) for batch in batches]
 
@@ -65,7 +66,7 @@ def evaluate(objective: Objective, data: Dataset, micro_batch: int) -> dict[str,
     """Metrics of an objective on held-out rows, `eval/...`, over all ranks."""
     meter = Meter()
     with objective.engine.evaluating():
-        for rows, is_real in even_batches(len(data), micro_batch):
+        for rows, is_real in even_batches(len(data), micro_batch, dist.rank(), dist.world_size()):
             batch = data.batch(rows)
             weight = float(is_real)
             meter.add({name: (value * weight, unit) for name, (value, unit) in objective.loss(batch).metrics.items()})

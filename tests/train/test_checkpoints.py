@@ -1,0 +1,94 @@
+"""Checkpoints of all trained engines of a stage: complete or not there, and only for the layout they were cut for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from rlhf.batch import Loss
+from rlhf.engine.engine import Engine
+from rlhf.errors import CheckpointError
+from rlhf.recipe.schema import OptimBlock, ZeroBlock
+from rlhf.run import commit
+from rlhf.run.rundir import RunDir
+from rlhf.run.stage import StageDir
+from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
+
+
+def engines(stage: int = 2, seed: int = 0) -> dict[str, Engine]:
+    """A policy and a critic."""
+    torch.manual_seed(seed)
+    block = ZeroBlock(stage=stage, persistence_threshold=0)
+    made = {}
+    for name, width in (("policy", 4), ("critic", 1)):
+        made[name] = Engine(nn.Linear(3, width), block, bf16=False, optim=OptimBlock(optimizer="adamw"))
+    return made
+
+
+def train(all_engines: dict[str, Engine], seed: int) -> None:
+    inputs = torch.randn(5, 3, generator=torch.Generator().manual_seed(seed))
+    for engine in all_engines.values():
+        engine.backward(Loss({"square": (engine(inputs).pow(2).sum(), "rows", 1.0)}), {"rows": 5.0})
+        engine.step(0.01)
+
+
+def folder(root: Path) -> StageDir:
+    stage = RunDir(root).stage("ppo")
+    stage.path.mkdir(parents=True)
+    return stage
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_training_goes_on_from_a_checkpoint(forked, tmp_path, zero):
+    def body():
+        stage, first = folder(tmp_path), engines(zero)
+        train(first, 1)
+        save_checkpoint(stage, first, 1, keep=2)
+        train(first, 2)
+        second = engines(zero, seed=9)
+        assert load_checkpoint(commit.newest_checkpoint(stage.checkpoints), second) == 1
+        train(second, 2)
+        for name, engine in first.items():
+            state = second[name].state_dict()
+            for key, value in engine.state_dict().items():
+                assert torch.equal(value, state[key]), (name, key)
+
+    forked(body)
+
+
+def test_a_checkpoint_is_sealed_and_old_ones_go(forked, tmp_path):
+    def body():
+        stage, both = folder(tmp_path), engines()
+        for step in (3, 6, 9):
+            save_checkpoint(stage, both, step, keep=2)
+        assert sorted(path.name for path in stage.checkpoints.iterdir()) == ["step-000006", "step-000009"]
+        newest = commit.newest_checkpoint(stage.checkpoints)
+        assert newest == stage.checkpoint(9)
+        manifest = json.loads((newest / "MANIFEST.json").read_text())
+        assert manifest["step"] == 9 and manifest["devices"] == 1
+        assert manifest["zero_stages"] == {"policy": 2, "critic": 2}
+        assert {name.split("/")[0] for name in manifest["files"]} == {"policy", "critic"}
+        (newest / "policy" / "deepspeed" / "mp_rank_00_model_states.pt").write_bytes(b"cut short")
+        assert commit.newest_checkpoint(stage.checkpoints) == stage.checkpoint(6)
+
+    forked(body)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"), [({"devices": 8}, "devices 8, found 1"), ({"zero_stages": {}}, "zero_st")]
+)
+def test_another_layout_is_refused_with_a_remedy(forked, tmp_path, change, words):
+    def body():
+        stage, both = folder(tmp_path), engines()
+        save_checkpoint(stage, both, 1, keep=1)
+        path = stage.checkpoint(1) / "MANIFEST.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+        with pytest.raises(CheckpointError, match=f"expected {words}") as error:
+            load_checkpoint(stage.checkpoint(1), both)
+        assert "same number of devices" in str(error.value) and "--restart" in str(error.value)
+
+    forked(body)
