@@ -33,13 +33,12 @@ class Done:
 @contextmanager
 def server(*arguments: str) -> Iterator[Callable[..., Done]]:
     """Commands in forks of a process that waits for them, see warm_server.py."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "warm_server.py"), *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=env,
+        env=environment(),
         cwd=ROOT,
     )
     assert process.stdin and process.stdout and process.stdout.readline().strip() == "ready"
@@ -67,6 +66,12 @@ def cold_cli() -> Iterator[Callable[..., Done]]:
         yield run
 
 
+def environment() -> dict[str, str]:
+    """For commands: no network, wide lines, one thread per process."""
+    fixed = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "COLUMNS": "200", "HF_HUB_OFFLINE": "1"}
+    return {**os.environ, **fixed}
+
+
 @dataclass(frozen=True)
 class TinyRun:
     """A run directory with finished `sft` and `rm` stages of a tiny model, their data, and a recipe for every stage."""
@@ -78,6 +83,16 @@ class TinyRun:
     def command(self, stage: str, *options: str | Path) -> list[str | Path]:
         """The words of a stage's command in this run directory."""
         return [stage, self.recipes / f"{stage}.yaml", "--run", self.root, *options]
+
+    def launched(self, stage: str, *options: str | Path) -> Done:
+        """A stage on two ranks, through the deepspeed launcher."""
+        command = [sys.executable, "-m", "rlhf", *map(str, self.command(stage, "--gpus", "2", *options))]
+        done = subprocess.run(command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300)
+        return Done(done.returncode, done.stdout, done.stderr, torch=True)
+
+    def rows(self, name: str, file: str = "metrics.jsonl") -> list[dict]:
+        """The rows of a stage's log."""
+        return [json.loads(line) for line in (self.root / name / file).read_text().splitlines()]
 
     def files(self) -> dict[str, int]:
         """Every file with its time; locks come and go with the commands that look at a stage."""

@@ -7,7 +7,7 @@ import logging
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.engine.engine import Engine
-from rlhf.engine.zero import sharded_loading
+from rlhf.engine.zero import held_elements, sharded_loading
 from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.options import ModelReward
@@ -112,5 +112,6 @@ def _engine(role: str, module: RoleModule, zero: ZeroBlock, dtype: str, optim: O
     trained, total = engine.num_elements()
     text = "frozen" if optim is None else f"{trained:,} trained"
     kind = type(module.core).__name__
-    logger.info("%s: %s, %s parameters (%s), %s, ZeRO-%d", role, kind, f"{total:,}", text, dtype, zero.stage)
+    sharding = f"ZeRO-{zero.stage}" + (f", {held_elements(module)[0]:,} held here" if zero.stage == 3 else "")
+    logger.info("%s: %s, %s parameters (%s), %s, %s", role, kind, f"{total:,}", text, dtype, sharding)
     return engine
