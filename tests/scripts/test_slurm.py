@@ -58,7 +58,7 @@ def test_the_allocation_becomes_the_world(submit, tmp_path, nodes, devices):
 
 
 def test_the_exit_code_is_passed_on(submit):
-    job = submit(1, 8, "--set", "train.batch_size=3")
+    job = submit(1, 8, "--dry-run", "--set", "train.batch_size=3")
     out, err = job.communicate(timeout=60)
     assert job.returncode == 2 and "multiple of the 8 devices" in err
     assert "requeue" not in out
