@@ -291,6 +291,17 @@ def test_a_file_that_may_not_be_read(cold_cli, tiny, tmp_path):
     refused(tiny, cold_cli, 3, "found no permission", *command)
 
 
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_folder_that_may_not_be_read(cold_cli, tiny, tmp_path):
+    (tmp_path / "model").mkdir(0)
+    for option in (f"model={{path: {tmp_path / 'model'}}}", f"data={{path: {tmp_path / 'model'}, max_length: 96}}"):
+        refused(tiny, cold_cli, 7, "Permission denied", *tiny.command("sft", "--name", "new", "--set", option))
+
+
+def test_a_path_that_cannot_be(cold_cli, tiny):
+    refused(tiny, cold_cli, 7, r"aaa: File name too long\nName another path", "status", "a" * 300)
+
+
 # --- the command line and the run directory ---------------------------------------------------------------------------
 
 

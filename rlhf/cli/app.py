@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -14,7 +15,7 @@ from typing import Annotated
 import typer
 
 from rlhf import __version__
-from rlhf.errors import RecipeError, StoppedError, UserError, WorkerLostError
+from rlhf.errors import RecipeError, ResourceError, StoppedError, UserError, WorkerLostError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -38,6 +39,8 @@ CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", 
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 LATER_RANK_S = 5.0
+# What an operating system may answer to a path that a user has named; other failures of files are ours.
+REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 STAGES = {
     "sft": "Supervised fine-tuning on completions.",
     "rm": "Reward model on preference pairs.",
@@ -171,6 +174,13 @@ def main() -> None:
         if not (isinstance(error, WorkerLostError) and is_ours()):  # the command that started the ranks knows more
             print(error if isinstance(error, StoppedError) else f"error: {error}", file=sys.stderr, flush=True)
         leave(error.exit_code)
+    except OSError as error:
+        if error.errno not in REFUSALS:
+            raise
+        wait_for_first_rank()
+        fix = "Name another path, or change its permissions or the space on its disk."
+        print(f"error: {error.filename}: {error.strerror}\n  {fix}", file=sys.stderr, flush=True)
+        leave(ResourceError.exit_code)
     except KeyboardInterrupt:
         leave(130)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,12 @@ def check_files(source: str) -> None:
             where=source,
             fix="Move one of them to a folder of its own.",
         )
-    if not list(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        if not os.access(file, os.R_OK):
+            fix = "Change its permissions."
+            raise CheckpointError("expected weights that can be read, found no permission to", where=str(file), fix=fix)
+    if not weights:
         if list(folder.glob("*.bin")) or list(folder.glob("*.pt")):
             raise UnsafeError(
                 "expected safetensors, found pickled weights only: reading them can run code",
