@@ -9,7 +9,7 @@ from pathlib import Path
 from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from rlhf.recipe.options import FunctionReward
+from rlhf.recipe.reward_options import FunctionReward
 from rlhf.recipe.stages import OnlineRecipe, Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rlhf.recipe.options import FormatReward, FunctionReward, ModelReward
 from rlhf.recipe.problems import Problem, closest
+from rlhf.recipe.reward_options import FormatReward, FunctionReward, ModelReward
 from rlhf.recipe.schema import ModelRef, SourceBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
 

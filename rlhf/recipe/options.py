@@ -1,26 +1,16 @@
-"""Options of the named choices: one block per registered function, the function's keyword-only arguments as fields.
+"""Options of the losses on pairs: one block per registered function, its keyword-only arguments as fields.
 
-A block is chosen by its `name` (losses, estimators) or `kind` (rewards). `algo/` and `rewards/` hold the functions; a
-test holds both sides against each other.
+A block is chosen by its `name`. `algo/` holds the functions; a test holds both sides against each other. The on-policy
+choices are in `policy_options.py`, the rewards in `reward_options.py`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BeforeValidator, Field
+from pydantic import Field
 
-from rlhf.recipe.schema import Block, ModelRef, ZeroBlock
-
-
-def _default_name(name: str) -> BeforeValidator:
-    """Lets a block leave out its `name`: `{beta: 0.05}` keeps the stage's default choice."""
-
-    def fill(value: Any) -> Any:
-        return {"name": name, **value} if isinstance(value, dict) else value
-
-    return BeforeValidator(fill)
-
+from rlhf.recipe.schema import Block, default_name
 
 # --- preference losses (`rlhf dpo`) --------------------------------------------------------------------------------
 
@@ -40,7 +30,7 @@ class CdpoLoss(Block):
     label_smoothing: float = Field(0.1, ge=0, lt=0.5, description="probability that a preference label is wrong")
 
 
-PreferenceLoss = Annotated[DpoLoss | CdpoLoss, Field(discriminator="name"), _default_name("dpo")]
+PreferenceLoss = Annotated[DpoLoss | CdpoLoss, Field(discriminator="name"), default_name("dpo")]
 
 # --- reward-model losses (`rlhf rm`) -------------------------------------------------------------------------------
 
@@ -64,117 +54,4 @@ class RmBtSmoothLoss(Block):
     )
 
 
-RewardLoss = Annotated[RmBtLoss | RmBtSmoothLoss, Field(discriminator="name"), _default_name("rm_bt")]
-
-# --- on-policy pieces (`rlhf ppo`, `rlhf grpo`) --------------------------------------------------------------------
-
-
-class GaeAdvantage(Block):
-    """Generalised advantage estimation with a critic (arXiv:1506.02438 eq. 16)."""
-
-    name: Literal["gae"] = "gae"
-    gamma: float = Field(1.0, ge=0, le=1, description="discount per token")
-    lam: float = Field(0.95, ge=0, le=1, description="bias-variance trade-off: 0 one-step, 1 full return")
-
-
-class GrpoAdvantage(Block):
-    """Score minus the group's mean, over the group's standard deviation (arXiv:2402.03300)."""
-
-    name: Literal["grpo"] = "grpo"
-    eps: float = Field(1e-4, gt=0, description="added to the standard deviation")
-
-
-class PpoClipLoss(Block):
-    """Clipped surrogate (arXiv:1707.06347 eq. 7)."""
-
-    name: Literal["ppo_clip"] = "ppo_clip"
-    clip_low: float = Field(0.2, gt=0, lt=1, description="the ratio is clipped below at 1 - clip_low")
-    clip_high: float = Field(0.2, gt=0, description="the ratio is clipped above at 1 + clip_high")
-
-
-class PpoValueLoss(Block):
-    """Clipped squared error of the critic (arXiv:1707.06347, openai/baselines)."""
-
-    name: Literal["ppo_value"] = "ppo_value"
-    clip: float = Field(0.2, gt=0, description="values move at most this far from the rollout's values")
-
-
-class KlBlock(Block):
-    """Distance to the reference policy."""
-
-    coef: float = Field(0.05, ge=0, description="weight of the per-token KL penalty")
-    estimator: Literal["k1", "k2", "k3", "abs"] = Field(
-        "k1", description="KL estimator from the sampled token's log-probabilities"
-    )
-
-
-class ScoresBlock(Block):
-    """What happens to a score before it becomes a reward."""
-
-    clip: float | None = Field(None, gt=0, description="clip scores to +- this")
-    missing_eos_penalty: float = Field(
-        0.0, ge=0, description="taken off the score of an answer that did not end by itself"
-    )
-
-
-# --- rewards -------------------------------------------------------------------------------------------------------
-
-
-class ModelReward(ModelRef):
-    """A trained reward model."""
-
-    kind: Literal["model"] = "model"
-    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the reward model; stage 0 or 3")
-    dtype: Literal["fp32", "bf16"] = Field("fp32", description="compute type of the reward model")
-
-
-class ExactReward(Block):
-    """1 if the answer equals the row's reference answer, else 0; white space and letter case are normalised."""
-
-    kind: Literal["exact"] = "exact"
-    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    answer: str = Field("answer", description="column with the reference answer")
-
-
-class NumericReward(Block):
-    """1 if the number after the marker equals the reference's number, else 0; an unparsable answer scores 0."""
-
-    kind: Literal["numeric"] = "numeric"
-    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    answer: str = Field("answer", description="column with the reference answer")
-    marker: str = Field("####", description="the result stands after the last occurrence of this text")
-    tolerance: float = Field(1e-6, ge=0, description="largest relative difference that counts as equal")
-
-
-class FormatReward(Block):
-    """1 if the pattern is found in the answer, else 0."""
-
-    kind: Literal["format"] = "format"
-    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    pattern: str = Field(r"#### ?-?\d[\d,]*(\.\d+)?\s*$", description="regular expression searched in the answer")
-
-
-class LengthReward(Block):
-    """1 at the target length, falling linearly to 0 at `scale` words away."""
-
-    kind: Literal["length"] = "length"
-    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    target: int = Field(50, ge=0, description="length in words that scores 1")
-    scale: int = Field(50, ge=1, description="distance in words at which the score reaches 0")
-
-
-class FunctionReward(Block):
-    """A Python function of yours, `file.py:name`; the file must also be named on the command line with --allow-code."""
-
-    kind: Literal["function"] = "function"
-    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
-    function: str = Field(
-        description="file.py:name; called as name(rows, answers) -> list of floats or None (unscored)"
-    )
-
-
-Reward = Annotated[
-    ModelReward | ExactReward | NumericReward | FormatReward | LengthReward | FunctionReward,
-    Field(discriminator="kind"),
-]
+RewardLoss = Annotated[RmBtLoss | RmBtSmoothLoss, Field(discriminator="name"), default_name("rm_bt")]

@@ -5,9 +5,9 @@ No torch: a recipe must be refused in a blink. `rlhf explain KEY` and `rlhf sche
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 from pydantic_core import PydanticCustomError
 
 
@@ -28,6 +28,15 @@ def conflict(message: str, *keys: str) -> PydanticCustomError:
     """An error of a whole block that is about these of its keys."""
     # The message is given as a value of the template, since it may hold braces.
     return PydanticCustomError("conflict", "{message}", {"message": message, "keys": keys})
+
+
+def default_name(name: str) -> BeforeValidator:
+    """Lets a block leave out its `name`: `{beta: 0.05}` keeps the stage's default choice."""
+
+    def fill(value: Any) -> Any:
+        return {"name": name, **value} if isinstance(value, dict) else value
+
+    return BeforeValidator(fill)
 
 
 class LoraBlock(Block):
@@ -234,6 +243,12 @@ class OnlineTrainBlock(LearnBlock):
     inner_epochs: int = Field(1, ge=1, description="passes over each rollout")
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass; must divide prompts x answers")
     rollout_batch: int = Field(64, ge=1, description="rows sampled together on a device")
+    target_kl: float | None = Field(
+        None, gt=0, description="stop learning from a rollout once the policy moved this far from it, in nats per token"
+    )
+    max_refills: int = Field(
+        0, ge=0, description="further rounds of prompts that replace groups of equal scores (DAPO's dynamic sampling)"
+    )
 
 
 class SamplingBlock(Block):

@@ -6,20 +6,21 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from rlhf.recipe.options import (
-    DpoLoss,
+from rlhf.recipe.guard_options import GuardsBlock
+from rlhf.recipe.options import DpoLoss, PreferenceLoss, RewardLoss, RmBtLoss
+from rlhf.recipe.policy_options import (
+    Aggregation,
     GaeAdvantage,
+    GroupAdvantage,
     GrpoAdvantage,
     KlBlock,
-    ModelReward,
+    PolicyLoss,
+    PpoAdvantage,
     PpoClipLoss,
     PpoValueLoss,
-    PreferenceLoss,
-    Reward,
-    RewardLoss,
-    RmBtLoss,
     ScoresBlock,
 )
+from rlhf.recipe.reward_options import ModelReward, Reward
 from rlhf.recipe.schema import (
     Block,
     CheckpointBlock,
@@ -52,6 +53,9 @@ class CriticBlock(ModelRef, OptimBlock):
     )
     lr: float = Field(1e-5, gt=0, description="peak learning rate of the critic")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the critic")
+    warmup_rollouts: int = Field(
+        0, ge=0, description="rollouts at the start on which the critic learns alone, before the policy moves"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -80,18 +84,32 @@ class GRPOTrainBlock(OnlineTrainBlock):
 
     lr: float = Field(1e-6, gt=0, description="peak learning rate of the policy")
     prompts: int = Field(16, ge=1, description="prompts per rollout, over all devices")
-    answers: int = Field(
-        8, ge=2, description="answers per prompt: the group; one answer has nothing to be compared with"
-    )
+    answers: int = Field(8, ge=1, description="answers per prompt: the group")
 
 
 class GRPOKlBlock(KlBlock):
     """Distance to the reference policy, as a term of the loss."""
 
-    coef: float = Field(0.04, ge=0, description="weight of the per-token KL term")
+    placement: Literal["reward", "loss"] = Field(
+        "loss", description="taken off every token's reward, or added to the loss"
+    )
+    coef: float = Field(0.04, ge=0, description="weight of the per-token KL penalty; where a controller starts")
     estimator: Literal["k1", "k2", "k3", "abs"] = Field(
         "k3", description="KL estimator from the sampled token's log-probabilities"
     )
+
+
+class PretrainingBlock(Block):
+    """PPO-ptx: supervised rows mixed into every update of the policy (arXiv:2203.02155 eq. 2)."""
+
+    coef: float = Field(1.0, gt=0, description="weight of the supervised loss, averaged over its tokens")
+    data: DataBlock = Field(description="rows to keep: pretraining text, or the SFT data")
+
+
+class EmaBlock(Block):
+    """A second policy whose weights follow the trained one's slowly; published beside it as `ema/`."""
+
+    decay: float = Field(0.99, ge=0, lt=1, description="weight of the past at every optimizer step")
 
 
 class Recipe(Block):
@@ -140,8 +158,31 @@ class OnlineRecipe(Recipe):
         [ModelReward(from_="rm")], min_length=1, description="scores, added up with their weights"
     )
     sampling: SamplingBlock = Field(SamplingBlock(), description="how answers are sampled")
-    policy_loss: PpoClipLoss = Field(PpoClipLoss(), description="the policy loss and its options")
+    test_rewards: list[Reward] = Field(
+        [],
+        description="scored on the same answers, never learned from: the gap to `rewards` shows over-optimisation",
+    )
     scores: ScoresBlock = Field(ScoresBlock(), description="what happens to scores before they become rewards")
+    kl: KlBlock = Field(KlBlock(), description="distance to the reference policy")
+    whiten_rewards: bool = Field(
+        False, description="give the rollout's token rewards variance 1, over all devices; their mean stays"
+    )
+    whiten_advantages: bool = Field(
+        False, description="give the rollout's advantages mean 0 and variance 1, over all devices"
+    )
+    policy_loss: PolicyLoss = Field(PpoClipLoss(), description="the policy loss and its options")
+    aggregation: Aggregation = Field(
+        "token_mean",
+        description="average over all tokens of the minibatch, over each answer's tokens and then over answers, over"
+        " answers of their sums, or the sum over answers x sampling.max_new_tokens (constant)",
+    )
+    entropy_coef: float = Field(0.0, ge=0, description="weight of the entropy bonus in the loss")
+    pretraining: PretrainingBlock | None = Field(None, description="supervised rows mixed into every update")
+    ema: EmaBlock | None = Field(None, description="also publish an average of the policy over the updates")
+    guards: GuardsBlock = Field(GuardsBlock(), description="running alarms: when they go off, warn or stop")
+    share_base: bool = Field(
+        False, description="LoRA: policy, reference, critic and reward model as adapters on one frozen base"
+    )
 
 
 class PPORecipe(OnlineRecipe):
@@ -149,8 +190,7 @@ class PPORecipe(OnlineRecipe):
 
     train: PPOTrainBlock = Field(PPOTrainBlock(), description="rollouts and optimisation of the policy")
     critic: CriticBlock = Field(CriticBlock(), description="the value model and its optimisation")
-    kl: KlBlock = Field(KlBlock(), description="KL penalty inside the per-token reward")
-    advantage: GaeAdvantage = Field(GaeAdvantage(), description="advantage estimator")
+    advantage: PpoAdvantage = Field(GaeAdvantage(), description="advantage estimator")
     whiten_advantages: bool = Field(
         True, description="give the rollout's advantages mean 0 and variance 1, over all devices"
     )
@@ -158,13 +198,15 @@ class PPORecipe(OnlineRecipe):
 
 
 class GRPORecipe(OnlineRecipe):
-    """GRPO: advantages normalised in the group of answers to a prompt, KL inside the loss."""
+    """GRPO and its family, without a critic: answers are compared with each other or with a baseline."""
 
     train: GRPOTrainBlock = Field(GRPOTrainBlock(), description="rollouts and optimisation of the policy")
-    kl: GRPOKlBlock = Field(GRPOKlBlock(), description="KL penalty inside the loss")
-    advantage: GrpoAdvantage = Field(GrpoAdvantage(), description="advantage estimator")
-    aggregation: Literal["sequence_mean", "token_mean"] = Field(
-        "sequence_mean", description="average tokens per answer first (the paper), or over all tokens of the minibatch"
+    kl: GRPOKlBlock = Field(GRPOKlBlock(), description="distance to the reference policy")
+    advantage: GroupAdvantage = Field(GrpoAdvantage(), description="advantage estimator")
+    aggregation: Aggregation = Field(
+        "sequence_mean",
+        description="average over all tokens of the minibatch, over each answer's tokens and then over answers, over"
+        " answers of their sums, or the sum over answers x sampling.max_new_tokens (constant)",
     )
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf.recipe.options import ModelReward
+from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.schema import ModelRef
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
 from rlhf.run.lineage import Parent

@@ -24,7 +24,7 @@ from rlhf.algo.sft import sft
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.batch import Experience, Loss, PairLogprobs, Pairs, Tokens
 from rlhf.engine.engine import Engine
-from rlhf.recipe.options import KlBlock
+from rlhf.recipe.policy_options import KlBlock
 from rlhf.recipe.schema import Block, OptimBlock, SamplingBlock
 
 

@@ -10,7 +10,7 @@ from rlhf.errors import CheckpointError, DataError, RecipeError
 from rlhf.models.build import has_score_head, max_positions
 from rlhf.models.load import read_config
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer
-from rlhf.recipe.options import ExactReward, FunctionReward, NumericReward
+from rlhf.recipe.reward_options import ExactReward, FunctionReward, NumericReward
 from rlhf.recipe.schema import ModelRef
 from rlhf.recipe.stages import OnlineRecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.rules import RULES, load_function

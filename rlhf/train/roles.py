@@ -10,7 +10,7 @@ from rlhf.engine.engine import Engine
 from rlhf.engine.zero import held_elements, sharded_loading
 from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
-from rlhf.recipe.options import ModelReward
+from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
 from rlhf.rewards.rules import RULES
