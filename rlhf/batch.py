@@ -133,6 +133,7 @@ class Experience(Rows):
     rewards: Tensor | None = None  # (B, R)
     old_values: Tensor | None = None  # (B, R)
     returns: Tensor | None = None  # (B, R)
+    pretraining: Tokens | None = None  # (B, ...) supervised rows that the same update learns from
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_mask.shape)

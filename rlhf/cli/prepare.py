@@ -13,7 +13,7 @@ from rlhf.recipe.reward_options import FunctionReward
 from rlhf.recipe.stages import OnlineRecipe, Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
-from rlhf.train.job import DATA_KIND, Job, local_path, model_refs
+from rlhf.train.job import Job, data_kinds, local_path, model_refs
 
 
 def prepare(
@@ -98,15 +98,18 @@ def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:
 
 def check_data(recipe: Recipe, stage: str) -> dict[str, str]:
     """Look at the first row of every local source; returns the identity of each source's content, by recipe key."""
-    from rlhf.data.sources import check_sources, fingerprint, named_sources  # imports datasets only where it must
+    from rlhf.data.sources import all_sources, check_sources, fingerprint  # imports datasets only where it must
 
-    sources = dict(named_sources(recipe.data)) | ({"data.eval": recipe.data.eval} if recipe.data.eval else {})
-    facts = check_sources(recipe.data, DATA_KIND[stage])
-    return {fact.key: fingerprint(sources[fact.key], fact.located) for fact in facts}
+    found = {}
+    for data, kind in data_kinds(stage, recipe):
+        sources = dict(all_sources(data))
+        found |= {fact.key: fingerprint(sources[fact.key], fact.located) for fact in check_sources(data, kind)}
+    return found
 
 
 def check_rows(job: Job) -> None:
     """Read every local row once: a bad one is told here, not after models were loaded or ranks started."""
     from rlhf.data.records import check_records
 
-    check_records(job.recipe.data, DATA_KIND[job.stage])
+    for data, kind in data_kinds(job.stage, job.recipe):
+        check_records(data, kind)

@@ -81,6 +81,7 @@ class Loaded:
     train: list[Any]  # of one kind of example
     eval: list[Any]
     report: DataReport
+    pretraining: Loaded | None = None  # supervised rows beside the prompts
 
 
 def load_examples(
@@ -96,9 +97,9 @@ def load_examples(
     parts = [loader.load(source, key) for key, source in named_sources(data)]
     held_out: list[Example] = []
     if data.eval is not None:
-        held_out = loader.load(data.eval, "data.eval")
+        held_out = loader.load(data.eval, f"{data.key}.eval")
     elif data.eval_rows:
-        parts, held_out = _hold_out(parts, data.eval_rows, seed)
+        parts, held_out = _hold_out(parts, data.eval_rows, seed, data.key)
     train = _mix(parts, named_sources(data), loader.reports, seed)
     counts = [TokenCounts.of(example.lengths() for example in examples) for examples in (train, held_out)]
     return Loaded(train, held_out, DataReport(loader.reports, counts[0], counts[1]))
@@ -172,13 +173,15 @@ def to_example(fitted: Draft, record: Record, row: int) -> Example:
     return PairExample(fitted.prompt, chosen, chosen_mask, rejected, rejected_mask, record.margin, row)
 
 
-def _hold_out(parts: Sequence[list[Example]], count: int, seed: int) -> tuple[list[list[Example]], list[Example]]:
+def _hold_out(
+    parts: Sequence[list[Example]], count: int, seed: int, key: str
+) -> tuple[list[list[Example]], list[Example]]:
     """`count` examples of all sources, chosen by seed, and the rest of every source."""
     total = sum(map(len, parts))
     if count >= total:
         raise DataError(
             f"expected more rows than are held out, found {total}",
-            where="data.eval_rows",
+            where=f"{key}.eval_rows",
             fix=f"It is {count}: set it below {total}.",
         )
     chosen = set(generator(seed, "eval_rows").permutation(total)[:count].tolist())

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from rlhf.data.formats import Kind, Record, convert, detect, pair_up, require
 from rlhf.data.mapping import Mapping
 from rlhf.data.report import SourceReport
-from rlhf.data.sources import locate, named_sources, read_rows
+from rlhf.data.sources import all_sources, locate, read_rows
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
 
@@ -35,7 +35,6 @@ def check_records(data: DataBlock, kind: Kind) -> None:
 
     Raises the DataError that training would end with. What only a tokenizer can tell (lengths) is left to training.
     """
-    sources = [*named_sources(data), *([("data.eval", data.eval)] if data.eval is not None else [])]
-    for key, source in sources:
+    for key, source in all_sources(data):
         if locate(source, key).kind != "hub":
             deque(read_records(source, key, kind, SourceReport(key, str(source.path), "", "")), maxlen=0)

@@ -59,8 +59,14 @@ class SourceFacts:
 def named_sources(data: DataBlock) -> list[tuple[str, SourceBlock]]:
     """The training sources with their keys in the recipe."""
     if not data.sources:
-        return [("data", data.all_sources()[0])]
-    return [(f"data.sources[{i}]", source) for i, source in enumerate(data.sources)]
+        return [(data.key, data.all_sources()[0])]
+    return [(f"{data.key}.sources[{i}]", source) for i, source in enumerate(data.sources)]
+
+
+def all_sources(data: DataBlock) -> list[tuple[str, SourceBlock]]:
+    """The same, and the held-out source if there is one."""
+    held_out = [] if data.eval is None else [(f"{data.key}.eval", data.eval)]
+    return [*named_sources(data), *held_out]
 
 
 def check_sources(data: DataBlock, kind: Kind) -> list[SourceFacts]:
@@ -68,10 +74,7 @@ def check_sources(data: DataBlock, kind: Kind) -> list[SourceFacts]:
 
     Raises the DataError or RecipeError that training would end with. Sources on the hub are not contacted.
     """
-    sources = named_sources(data)
-    if data.eval is not None:
-        sources.append(("data.eval", data.eval))
-    return [_check(source, key, kind) for key, source in sources]
+    return [_check(source, key, kind) for key, source in all_sources(data)]
 
 
 def _check(source: SourceBlock, key: str, kind: Kind) -> SourceFacts:

@@ -9,13 +9,15 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rlhf.algo.logprobs import entropy, scale_logits, token_logprobs, truncate_logits
+from rlhf.algo.logprobs import entropy as distribution_entropy
+from rlhf.algo.logprobs import scale_logits, token_logprobs, truncate_logits
 from rlhf.errors import CheckpointError
 from rlhf.recipe.schema import SamplingBlock
 
@@ -70,13 +72,13 @@ class PolicyModule(RoleModule):
         attention: Tensor,
         start: int,
         sampling: SamplingBlock = UNCHANGED,
-        with_entropy: bool = False,
+        entropy: Literal["none", "value", "gradient"] = "none",
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Log-probs of ids[:, start:] under `sampling`'s distribution, (B, T - start) float32, in nats.
 
         ids, attention: (B, T). Only the positions that predict these tokens enter the head. Where the attention is 0
-        the numbers are finite and mean nothing. with_entropy: also the entropy of each of these distributions, of the
-        same shape and without gradient.
+        the numbers are finite and mean nothing. entropy: also that of each of these distributions, of the same shape,
+        without or with gradient.
         """
         length = ids.shape[1]
         assert 1 <= start < length, f"start: expected 1..{length - 1}, found {start}"
@@ -84,11 +86,11 @@ class PolicyModule(RoleModule):
         logits = self.core(**self.inputs(ids, attention), use_cache=False, logits_to_keep=positions).logits  # (B, R, V)
         cut = {"top_k": sampling.top_k, "top_p": sampling.top_p}
         logprobs = token_logprobs(logits, ids[:, start:], temperature=sampling.temperature, **cut)
-        if not with_entropy:
+        if entropy == "none":
             return logprobs
-        with torch.no_grad():
-            scaled = scale_logits(logits.detach(), temperature=sampling.temperature)
-            return logprobs, entropy(truncate_logits(scaled, **cut))
+        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
+            scaled = scale_logits(logits, temperature=sampling.temperature)
+            return logprobs, distribution_entropy(truncate_logits(scaled, **cut))
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

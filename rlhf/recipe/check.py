@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FormatReward, FunctionReward, ModelReward
-from rlhf.recipe.schema import ModelRef, SourceBlock, ZeroBlock
+from rlhf.recipe.schema import DataBlock, ModelRef, SourceBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
 
 Problems = Iterator[Problem]
@@ -188,12 +189,19 @@ INLINE = [key for key in SourceBlock.model_fields if key != "path"]
 
 def inline_options(recipe: Recipe) -> Problems:
     """With several sources, what describes a source stands in it."""
-    if not recipe.data.sources:
-        return
-    for key in INLINE:
-        if getattr(recipe.data, key) != SourceBlock.model_fields[key].default:
-            what = "expected it inside each of data.sources, found it beside them"
-            yield Problem(f"data.{key}", what, f"move {key} into the sources that need it", ("data.sources",))
+    for data in data_blocks(recipe):
+        for key in INLINE if data.sources else ():
+            if getattr(data, key) != SourceBlock.model_fields[key].default:
+                sources = f"{data.key}.sources"
+                what = f"expected it inside each of {sources}, found it beside them"
+                yield Problem(f"{data.key}.{key}", what, f"move {key} into the sources that need it", (sources,))
+
+
+def data_blocks(recipe: Recipe) -> Iterator[DataBlock]:
+    """The datasets of a recipe."""
+    yield recipe.data
+    if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
+        yield recipe.pretraining.data
 
 
 def source_paths(recipe: Recipe) -> Problems:
@@ -220,12 +228,13 @@ def templates(recipe: Recipe) -> Problems:
 
 
 def _sources(recipe: Recipe) -> Iterator[tuple[str, SourceBlock]]:
-    if not recipe.data.sources:
-        yield "data", recipe.data
-    for i, source in enumerate(recipe.data.sources):
-        yield f"data.sources.{i}", source
-    if recipe.data.eval is not None:
-        yield "data.eval", recipe.data.eval
+    for data in data_blocks(recipe):
+        if not data.sources:
+            yield data.key, data
+        for i, source in enumerate(data.sources):
+            yield f"{data.key}.sources.{i}", source
+        if data.eval is not None:
+            yield f"{data.key}.eval", data.eval
 
 
 def prompt_length(recipe: Recipe) -> Problems:
@@ -338,7 +347,15 @@ COMMON: tuple[Rule, ...] = (
     templates,
     prompt_length,
 )
-ONLINE: tuple[Rule, ...] = (*COMMON, no_dropout, room_for_prompts, stop_texts, reward_options, minibatches)
+ONLINE: tuple[Rule, ...] = (
+    *COMMON,
+    no_dropout,
+    room_for_prompts,
+    stop_texts,
+    reward_options,
+    minibatches,
+    *POLICY_RULES,
+)
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (*COMMON, eval_data, stop_texts),

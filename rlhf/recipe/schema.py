@@ -168,6 +168,7 @@ class DataBlock(SourceBlock):
     """What a stage learns from. One source inline (`path: ...`) or several under `sources`."""
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("path", "sources"), ("eval", "eval_rows"))
+    key: ClassVar[str] = "data"  # where a recipe has this block
 
     sources: list[SourceBlock] = Field([], description="several weighted sources instead of `path`")
     eval: SourceBlock | None = Field(

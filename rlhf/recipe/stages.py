@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -99,11 +99,17 @@ class GRPOKlBlock(KlBlock):
     )
 
 
+class PretrainingData(DataBlock):
+    """Rows to keep: documents, or the SFT data."""
+
+    key: ClassVar[str] = "pretraining.data"
+
+
 class PretrainingBlock(Block):
     """PPO-ptx: supervised rows mixed into every update of the policy (arXiv:2203.02155 eq. 2)."""
 
     coef: float = Field(1.0, gt=0, description="weight of the supervised loss, averaged over its tokens")
-    data: DataBlock = Field(description="rows to keep: pretraining text, or the SFT data")
+    data: PretrainingData = Field(description="rows to keep: documents, or the SFT data")
 
 
 class EmaBlock(Block):

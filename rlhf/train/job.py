@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rlhf.recipe.reward_options import ModelReward
-from rlhf.recipe.schema import ModelRef
+from rlhf.recipe.schema import DataBlock, ModelRef
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
 from rlhf.run.lineage import Parent
 from rlhf.run.stage import StageDir
 
-DATA_KIND = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
+Kind = Literal["tokens", "pairs", "prompts"]
+DATA_KIND: dict[str, Kind] = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
 POLICY, SCORER = ("policy",), ("reward", "value")
 
 
@@ -28,6 +29,14 @@ def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tupl
         for i, reward in enumerate(recipe.rewards):
             if isinstance(reward, ModelReward):
                 yield f"rewards.{i}", reward, ("reward",)
+
+
+def data_kinds(stage: str, recipe: Recipe) -> list[tuple[DataBlock, Kind]]:
+    """The datasets of a recipe, with what the stage reads from each."""
+    found = [(recipe.data, DATA_KIND[stage])]
+    if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
+        found.append((recipe.pretraining.data, "tokens"))
+    return found
 
 
 @dataclass(frozen=True)

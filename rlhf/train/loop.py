@@ -10,15 +10,17 @@ import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Protocol
 
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.batch import Rows
 from rlhf.engine import dist
-from rlhf.errors import StoppedError
+from rlhf.engine.engine import Engine
+from rlhf.errors import StoppedError, UserError
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train.guards import check_counts
-from rlhf.train.metrics import Meter, MetricsLog
+from rlhf.train.metrics import Meter, MetricsLog, Totals
 from rlhf.train.objectives import Objective
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
@@ -44,6 +46,18 @@ class Collector(Protocol):
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         """Look at the first minibatch's metrics of a step; raise NumericsError where an invariant is broken."""
 
+    def learned(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], UserError | None]:
+        """Look at a finished step's metrics. Returns further ones, and a reason to end the run, if any."""
+
+
+class Average(Protocol):
+    """A running average of an engine's weights."""
+
+    engine: Engine
+
+    def update(self) -> None:
+        """Take in the weights after an optimizer step."""
+
 
 @dataclass
 class Stage:
@@ -53,7 +67,7 @@ class Stage:
     updates_per_step: int
     micro_batch: int
     collector: Collector
-    objectives: list[Objective]
+    objectives: list[Objective]  # those of one engine stand together: their gradients add up to one update
     key_metric: str
     log_every: int
     checkpoint_every: int
@@ -63,6 +77,9 @@ class Stage:
     is_sample_step: Callable[[int], bool]
     checkpoint: Callable[[int], None]
     report: Callable[[int, str, float | None], None]
+    policy_starts: int = 0  # steps before which only the critic learns
+    target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
+    averages: list[Average] = field(default_factory=list)
 
 
 def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop: StopRequest) -> dict[str, float]:
@@ -72,7 +89,7 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
         stage.sample(0)
     for step in range(first_step, stage.steps):
         started = time.monotonic()
-        collected = stage.collector.collect(step)
+        collected = collect(stage, step, first_step)
         metrics = {**update(stage, step, collected), **collected.metrics}
         seconds = time.monotonic() - started
         metrics["speed/tokens_per_second"] = collected.tokens / seconds
@@ -80,16 +97,20 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
         done = step + 1
         if stage.is_eval_step(done):
             metrics.update(stage.evaluate(done))
-        last.update(metrics)
-        if done % stage.log_every == 0 or done == stage.steps:
-            log.write(done, metrics)
+        further, alarm = stage.collector.learned(step, metrics)
+        last.update(metrics | further)
+        if done % stage.log_every == 0 or done == stage.steps or alarm:
+            log.write(done, metrics | further)
         progress.advance(done, last)
         stage.report(done, stage.key_metric, last.get(stage.key_metric))
         if stage.is_sample_step(done):
             stage.sample(done)
         stopping = dist.any_rank(stop.requested) and done < stage.steps
-        if stopping or (stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.steps):
+        due = stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.steps
+        if stopping or due or alarm:
             stage.checkpoint(done)
+        if alarm:
+            raise alarm
         if stopping:
             raise StoppedError(
                 f"stopped on request after step {done} of {stage.steps}", fix="The same command resumes."
@@ -97,32 +118,71 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
     return last
 
 
+def collect(stage: Stage, step: int, first_step: int) -> Collected:
+    """The batch of a step. Where it fails for a reason that all ranks know, what was learned so far is kept."""
+    try:
+        return stage.collector.collect(step)
+    except UserError:
+        if step > first_step:
+            stage.checkpoint(step)
+        raise
+
+
 def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
     """All optimizer steps of one collected batch. Returns their metrics, averaged over the batch."""
-    meters = {objective.group: Meter() for objective in stage.objectives}
-    norms: dict[str, list[float]] = {objective.group: [] for objective in stage.objectives}
+    objectives = [o for o in stage.objectives if step >= stage.policy_starts or o.group == "value"]
+    totals = {objective.group: Totals() for objective in objectives}
+    norms: dict[str, list[float]] = {objective.group: [] for objective in objectives}
     metrics: dict[str, float] = {}
     for index, minibatch in enumerate(collected.minibatches):
-        for objective in stage.objectives:
-            meter = meters[objective.group]
-            counts = dist.sum_over_ranks(objective.counts(minibatch))
-            check_counts(counts, step, index)
-            meter.add_counts(counts)
-            for micro in minibatch.split(stage.micro_batch):  # equally many on every rank
-                loss = objective.loss(micro)
-                objective.engine.backward(loss, counts)
-                meter.add(loss.metrics)
-            if index == 0 and objective is stage.objectives[0]:
-                stage.collector.guard(step, meter.means())
-            rate = learning_rate(
-                objective.optim, step * stage.updates_per_step + index, stage.steps * stage.updates_per_step
-            )
-            norms[objective.group].append(objective.engine.step(rate))
-            metrics[f"{objective.group}/lr"] = rate
-    for group, meter in meters.items():
-        metrics.update({f"{group}/{name}": value for name, value in meter.means().items()})
-        metrics[f"{group}/grad_norm"] = sum(norms[group]) / len(norms[group])
+        for engine, group in by_engine(objectives):
+            for objective in group:
+                found = push(stage, step, index, objective, minibatch)
+                totals[objective.group].add(found)
+                if index == 0 and objective is stage.objectives[0]:
+                    stage.collector.guard(step, found.means())
+                if objective is stage.objectives[0] and "kl_old" in found.values:
+                    metrics["policy/kl_moved"] = found.means()["kl_old"]
+            rate = learning_rate(group[0].optim, *update_number(stage, step, index, group[0].group))
+            norms[group[0].group].append(engine.step(rate))
+            metrics[f"{group[0].group}/lr"] = rate
+            for average in stage.averages:
+                if average.engine is engine:
+                    average.update()
+        if stage.target_kl is not None and metrics.get("policy/kl_moved", 0.0) > stage.target_kl:
+            break
+    for name, total in totals.items():
+        metrics.update({f"{name}/{key}": value for key, value in total.means().items()})
+        if norms[name]:
+            metrics[f"{name}/grad_norm"] = sum(norms[name]) / len(norms[name])
+    if stage.target_kl is not None:
+        metrics["policy/updates"] = index + 1
     return metrics
+
+
+def by_engine(objectives: list[Objective]) -> list[tuple[Engine, list[Objective]]]:
+    """Objectives that stand together and share an engine, as one update each."""
+    groups = [list(group) for _, group in groupby(objectives, key=lambda objective: id(objective.engine))]
+    return [(group[0].engine, group) for group in groups]
+
+
+def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: Rows) -> Totals:
+    """Add an objective's gradient of a whole minibatch. Returns its metrics over all ranks."""
+    meter = Meter()
+    counts = dist.sum_over_ranks(objective.counts(minibatch))
+    check_counts(counts, step, index)
+    meter.add_counts(counts)
+    for micro in minibatch.split(stage.micro_batch):  # equally many on every rank
+        loss = objective.loss(micro)
+        objective.engine.backward(loss, counts)
+        meter.add(loss.metrics)
+    return meter.reduce()
+
+
+def update_number(stage: Stage, step: int, index: int, group: str) -> tuple[int, int]:
+    """(number of this optimizer step, how many there are) for a group of objectives; the policy may start late."""
+    start = 0 if group == "value" else stage.policy_starts
+    return (step - start) * stage.updates_per_step + index, (stage.steps - start) * stage.updates_per_step
 
 
 def learning_rate(optim: OptimBlock, update_number: int, updates: int) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ logger = logging.getLogger("rlhf.metrics")
 
 
 class Meter:
-    """Collects (sum, denominator) pairs of one step; `means` reduces them over ranks."""
+    """Collects (sum, denominator) pairs of one optimizer step; `reduce` adds them up over ranks."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
@@ -36,14 +37,35 @@ class Meter:
             self._denominators[name] = denominator
 
     def add_counts(self, counts: dict[str, float]) -> None:
-        """Add the global counts of one optimizer step."""
+        """Add global counts."""
         for name, count in counts.items():
             self._counts[name] = self._counts.get(name, 0.0) + count
 
-    def means(self) -> dict[str, float]:
-        """Every metric over all ranks; each rank must have collected the same names."""
+    def reduce(self) -> Totals:
+        """Sums over all ranks with their denominators; each rank must have collected the same names."""
         sums = dist.sum_over_ranks(self._sums)
-        return {name: total / self._counts[self._denominators[name]] for name, total in sums.items()}
+        return Totals({name: (total, self._counts[self._denominators[name]]) for name, total in sums.items()})
+
+    def means(self) -> dict[str, float]:
+        """Every metric over all ranks."""
+        return self.reduce().means()
+
+
+@dataclass
+class Totals:
+    """name -> (sum, denominator) over all ranks."""
+
+    values: dict[str, tuple[float, float]] = field(default_factory=dict)
+
+    def add(self, other: Totals) -> None:
+        """Add the totals of another optimizer step."""
+        for name, (total, count) in other.values.items():
+            before = self.values.get(name, (0.0, 0.0))
+            self.values[name] = (before[0] + total, before[1] + count)
+
+    def means(self) -> dict[str, float]:
+        """Every sum over its denominator."""
+        return {name: total / count for name, (total, count) in self.values.items()}
 
 
 class MetricsLog:

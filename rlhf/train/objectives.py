@@ -7,16 +7,17 @@ Metric names get the objective's group in front (`train/`, `policy/`, `value/`),
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
 
+from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.masked import masked_sum
-from rlhf.algo.policy import POLICY_LOSSES, sequence_sums, token_sums
+from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
 from rlhf.algo.registry import Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
@@ -24,8 +25,9 @@ from rlhf.algo.sft import sft
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.batch import Experience, Loss, PairLogprobs, Pairs, Tokens
 from rlhf.engine.engine import Engine
-from rlhf.recipe.policy_options import KlBlock
 from rlhf.recipe.schema import Block, OptimBlock, SamplingBlock
+from rlhf.recipe.stages import OnlineRecipe
+from rlhf.train.state import OnlineState
 
 
 class Objective(Protocol):
@@ -46,6 +48,7 @@ def bind(registry: Registry, block: Block) -> Callable[..., Any]:
     """The registered function that a recipe block chose, with the block's options filled in."""
     chosen = next(key for key in ("name", "kind") if key in type(block).model_fields)
     options = {key: getattr(block, key) for key in type(block).model_fields if key not in (chosen, "weight")}
+    options = {key: value for key, value in options.items() if not isinstance(value, Block)}
     return partial(registry[getattr(block, chosen)].function, **options)
 
 
@@ -61,11 +64,16 @@ class SFTObjective:
         return {"tokens": batch.mask[:, 1:].sum(), "rows": torch.tensor(len(batch))}
 
     def loss(self, micro: Tokens) -> Loss:
-        tokens = trim(micro).to(self.engine.device)
-        start = first_trained(tokens.mask)
-        mask = tokens.mask[:, start:]
-        nll = token_sums(sft(self.engine(tokens.ids, tokens.attention, start=start), mask), mask)
-        return Loss({"nll": (nll, "tokens", 1.0)}, {"loss": (nll, "tokens"), "tokens_per_row": (mask.sum(), "rows")})
+        nll, num_tokens = supervised_nll(self.engine, micro)
+        return Loss({"nll": (nll, "tokens", 1.0)}, {"loss": (nll, "tokens"), "tokens_per_row": (num_tokens, "rows")})
+
+
+def supervised_nll(engine: Engine, micro: Tokens) -> tuple[Tensor, Tensor]:
+    """(summed negative log-likelihood of the supervised tokens, how many they are)."""
+    tokens = trim(micro).to(engine.device)
+    start = first_trained(tokens.mask)
+    mask = tokens.mask[:, start:]
+    return masked_sum(sft(engine(tokens.ids, tokens.attention, start=start), mask), mask), mask.sum()
 
 
 @dataclass(frozen=True)
@@ -141,28 +149,33 @@ class PreferenceObjective:
 
 @dataclass(frozen=True)
 class PolicyObjective:
-    """A clipped policy-gradient loss on fresh samples, with the KL to the reference as an optional second term."""
+    """A policy-gradient loss on fresh samples; the KL to the reference and the entropy are optional further terms."""
 
     group: ClassVar[str] = "policy"
     engine: Engine
     optim: OptimBlock
     policy_loss: Callable[..., tuple[Tensor, Tensor]]
-    aggregation: str
+    reduce: Callable[[Tensor, Tensor], Tensor]  # adds up losses (b, R)
+    denominator: str
     sampling: SamplingBlock
-    kl: KlBlock | None
+    kl: Callable[[Tensor, Tensor], Tensor] | None  # the estimator, where the KL is a term of the loss
+    entropy_coef: float
+    state: OnlineState
 
     @classmethod
-    def from_blocks(
-        cls,
-        engine: Engine,
-        optim: OptimBlock,
-        block: Block,
-        *,
-        aggregation: str,
-        sampling: SamplingBlock,
-        kl: KlBlock | None,
-    ) -> PolicyObjective:
-        return cls(engine, optim, bind(POLICY_LOSSES, block), aggregation, sampling, kl)
+    def from_recipe(cls, engine: Engine, recipe: OnlineRecipe, state: OnlineState) -> PolicyObjective:
+        """As the recipe says; coefficients that a controller moves are read from the state."""
+        return cls(
+            engine,
+            recipe.train,
+            bind(POLICY_LOSSES, recipe.policy_loss),
+            partial(AGGREGATIONS[recipe.aggregation].function, length=recipe.sampling.max_new_tokens),
+            DENOMINATORS[recipe.aggregation],
+            recipe.sampling,
+            KL_ESTIMATORS[recipe.kl.estimator].function if recipe.kl.placement == "loss" else None,
+            recipe.entropy_coef,
+            state,
+        )
 
     def counts(self, batch: Experience) -> dict[str, Tensor]:
         return experience_counts(batch)
@@ -171,29 +184,60 @@ class PolicyObjective:
         experience = trim_experience(micro).to(self.engine.device)
         mask, old = experience.response_mask, experience.old_logprobs
         start = experience.ids.shape[1] - mask.shape[1]
+        wants_entropy = "gradient" if self.entropy_coef else "value"
         logprobs, entropy = self.engine(
-            experience.ids, experience.attention, start=start, sampling=self.sampling, with_entropy=True
+            experience.ids, experience.attention, start=start, sampling=self.sampling, entropy=wants_entropy
         )
-        losses, clipped = self.policy_loss(logprobs, old, experience.advantages, mask)
-        reduce, denominator = {"token_mean": (token_sums, "tokens"), "sequence_mean": (sequence_sums, "sequences")}[
-            self.aggregation
-        ]
-        policy = reduce(losses, mask)
-        terms = {"policy": (policy, denominator, 1.0)}
-        change = (logprobs - old).detach()
-        metrics = {
-            "loss": (policy, denominator),
-            "entropy": (masked_sum(entropy, mask), "tokens"),
-            "clipfrac": (masked_sum(clipped.float(), mask), "tokens"),
-            "approx_kl": (masked_sum(KL_ESTIMATORS["k2"].function(logprobs.detach(), old), mask), "tokens"),
-            "logprob_change": (masked_sum(change.abs(), mask), "tokens"),
-        }
+        moved = {} if self.state.penalty_beta is None else {"beta": self.state.penalty_beta}
+        losses, clipped = self.policy_loss(logprobs, old, experience.advantages, mask, **moved)
+        policy = self.reduce(losses, mask)
+        terms = {"policy": (policy, self.denominator, 1.0)}
+        metrics = {"loss": (policy, self.denominator), **policy_metrics(logprobs.detach(), clipped, experience)}
+        metrics["entropy"] = (masked_sum(entropy, mask), "tokens")
+        if self.entropy_coef:
+            terms["entropy"] = (*metrics["entropy"], -self.entropy_coef)
         if self.kl is not None:
-            estimate = KL_ESTIMATORS[self.kl.estimator].function(logprobs, experience.ref_logprobs)
-            kl = reduce(estimate, mask)
-            terms["kl"] = (kl, denominator, self.kl.coef)
-            metrics["kl_loss"] = (kl, denominator)
+            kl = self.reduce(self.kl(logprobs, experience.ref_logprobs), mask)
+            terms["kl"] = (kl, self.denominator, self.state.kl_coef)
+            metrics["kl_loss"] = (kl, self.denominator)
         return Loss(terms, metrics)
+
+
+def policy_metrics(logprobs: Tensor, clipped: Tensor, experience: Experience) -> dict[str, tuple[Tensor, str]]:
+    """How far the policy has moved from the one that sampled, and where that is held back."""
+    mask, old = experience.response_mask, experience.old_logprobs
+    is_good = experience.advantages > 0
+    values = {
+        "clipfrac": clipped.float(),
+        "clipfrac_high": (clipped & is_good).float(),
+        "clipfrac_low": (clipped & ~is_good).float(),
+        "approx_kl": KL_ESTIMATORS["k2"].function(logprobs, old),
+        "kl_old": KL_ESTIMATORS["k3"].function(old, logprobs),  # of KL(old || policy), on the old policy's samples
+        "logprob_change": (logprobs - old).abs(),
+    }
+    return {name: (masked_sum(value, mask), "tokens") for name, value in values.items()}
+
+
+@dataclass(frozen=True)
+class PretrainingObjective:
+    """PPO-ptx: the supervised loss of the rows that travel with a minibatch.            [arXiv:2203.02155 eq. 2]
+
+    Its gradient is added to the policy's before their common step. The rows have a forward pass of their own.
+    """
+
+    group: ClassVar[str] = "ptx"
+    engine: Engine
+    optim: OptimBlock
+    coef: float
+
+    def counts(self, batch: Experience) -> dict[str, Tensor]:
+        assert batch.pretraining is not None, "supervised rows are missing"
+        return {"tokens": batch.pretraining.mask[:, 1:].sum()}
+
+    def loss(self, micro: Experience) -> Loss:
+        assert micro.pretraining is not None, "supervised rows are missing"
+        nll = supervised_nll(self.engine, micro.pretraining)[0]
+        return Loss({"nll": (nll, "tokens", self.coef)}, {"loss": (nll, "tokens")})
 
 
 @dataclass(frozen=True)
@@ -219,7 +263,7 @@ class ValueObjective:
         start = experience.ids.shape[1] - mask.shape[1]
         values = self.engine(experience.ids, experience.attention, start=start)  # (b, R)
         losses, clipped = self.value_loss(values, experience.old_values, experience.returns, mask)
-        total = token_sums(losses, mask)
+        total = masked_sum(losses, mask)
         return Loss(
             {"value": (total, "tokens", 1.0)},
             {"loss": (total, "tokens"), "clipfrac": (masked_sum(clipped.float(), mask), "tokens")},
@@ -254,16 +298,21 @@ def trim(tokens: Tokens) -> Tokens:
 def trim_experience(experience: Experience) -> Experience:
     """Without prompt columns and response columns that are padding in every row."""
     responses = experience.response_mask.shape[1]
-    prompts = experience.ids.shape[1] - responses
-    left = prompts - int(experience.attention[:, :prompts].sum(-1).max())
-    right = responses - max(1, int(experience.attention[:, prompts:].sum(-1).max()))
+    left, right = padding_columns(experience.attention, responses)
 
     def cut(value: Tensor) -> Tensor:
         if value.dim() == 1:
             return value
         return value[:, left if value.shape[1] > responses else 0 : value.shape[1] - right]
 
-    return experience.map(cut)
+    return replace(experience, pretraining=None).map(cut)
+
+
+def padding_columns(attention: Tensor, responses: int) -> tuple[int, int]:
+    """(columns at the left, columns at the right) that are padding in every row; one response column stays."""
+    prompts = attention.shape[1] - responses
+    left = prompts - int(attention[:, :prompts].sum(-1).max())
+    return left, responses - max(1, int(attention[:, prompts:].sum(-1).max()))
 
 
 def first_trained(mask: Tensor) -> int:

@@ -7,45 +7,43 @@ whitening and minibatches are the same whatever the number of ranks.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from rlhf.algo.kl import k1
-from rlhf.algo.masked import masked_sum
-from rlhf.algo.value import explained_variance, value_moments
-from rlhf.batch import Experience, Rollout
-from rlhf.data import collate, order
+from rlhf.algo.kl import KL_CONTROLLERS
+from rlhf.batch import Experience, Rollout, Tokens
+from rlhf.data import order
 from rlhf.data.examples import PromptExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.models import sample
+from rlhf.errors import UserError
+from rlhf.recipe.policy_options import PpoPenaltyLoss
+from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.rewards.scorer import Scorer
-from rlhf.train.advantages import Scored
-from rlhf.train.guards import check_same_weights, check_scored
+from rlhf.train.alarms import Alarms
+from rlhf.train.describe import describe
+from rlhf.train.experience import Answers, Seen, to_experience
+from rlhf.train.guards import check_finite, check_same_distribution, check_same_weights, check_scored
 from rlhf.train.loop import Collected
+from rlhf.train.objectives import bind, padding_columns
 from rlhf.train.roles import Reference
+from rlhf.train.rollout import Sampler, generate, join_rollouts
 from rlhf.train.seeding import derive, permutation
+from rlhf.train.state import OnlineState
+from rlhf.train.supervised import Dataset
 
-
-@dataclass(frozen=True)
-class Sampler:
-    """How this stage turns prompts into answers; shared with the sample generations of every stage."""
-
-    stop_ids: list[int]
-    pad_id: int
-    decode: Callable[[list[int]], str]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class OnlineCollector:
-    """Rollouts of the current policy. `to_experience` is where algorithms differ."""
+    """Rollouts of the current policy."""
 
     recipe: OnlineRecipe
     prompts: list[PromptExample]
@@ -53,176 +51,260 @@ class OnlineCollector:
     actor: Engine
     reference: Reference
     scorer: Scorer
+    test_scorer: Scorer | None
     critic: Engine | None
-    to_experience: Callable[[Scored, Any], Experience]
+    pretraining: Dataset | None
+    state: OnlineState
+    alarms: Alarms
     starts_at_reference: bool
 
     def collect(self, step: int) -> Collected:
         """Sample, score, and cut into minibatches; this rank's share of each."""
         started = time.monotonic()
-        rollout = self.sample(step)
+        answers, refills = self.answers(step)
+        greedy = self.draw(step, 0, greedy=True) if self.recipe.advantage.needs_greedy else None
         sampled = time.monotonic() - started
+        check_scored(int((~answers.scores.isnan()).sum()), len(answers), step)
         with torch.no_grad():
-            scores, parts = self.scorer(rollout)
-            scored = self.gather(self.look_back(rollout, scores))
-            check_scored(int(scored.response_mask.any(-1).sum()), len(scored), step)
-            experience = self.to_experience(scored, self.recipe)
-        metrics = self.describe(scored, experience, parts)
-        tokens = int(scored.attention.sum())
+            seen = self.look_back(answers)
+            experience = to_experience(answers, seen, self.recipe, self.state, greedy)
+        check_finite(experience, step)
+        metrics = describe(answers, seen, experience, self.recipe, self.part_names())
+        metrics |= refills
         metrics["speed/rollout_seconds"] = sampled
-        metrics["speed/rollout_tokens_per_second"] = float(scored.response_mask.sum()) / sampled
+        metrics["speed/rollout_tokens_per_second"] = float(answers.response_mask.sum()) / sampled
+        if greedy is not None:
+            metrics["rollout/greedy_score"] = float(greedy.scores.nanmean())
+        dtype = self.recipe.model.dtype
+        check_same_distribution(metrics["rollout/sampler_gap"], dtype, f"fresh samples of step {step + 1}")
         if step == 0 and self.starts_at_reference:
-            check_same_weights(metrics["rollout/ref_gap"], self.recipe.model.dtype, "policy and reference at the start")
-        return Collected(self.minibatches(step, experience), metrics, tokens)
+            check_same_weights(metrics["rollout/ref_gap"], dtype, "policy and reference at the start")
+        return Collected(self.minibatches(step, experience), metrics, int(answers.attention.sum()))
 
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         """Before the first update on fresh samples the probability ratio is 1."""
         check_same_weights(metrics["logprob_change"], self.recipe.model.dtype, f"fresh samples of step {step + 1}")
 
-    def sample(self, step: int) -> Rollout:
-        """This rank's answers. Seeds depend on the prompt's place in the global batch, not on the rank."""
+    def learned(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], UserError | None]:
+        """Controllers move their coefficients; alarms look at the step."""
+        recipe, state = self.recipe, self.state
+        further = {"kl/coef": state.kl_coef}
+        episodes = recipe.train.prompts * recipe.train.answers
+        control = bind(KL_CONTROLLERS, recipe.kl.controller)
+        state.kl_coef = control(state.kl_coef, metrics["rollout/kl_ref"], episodes)
+        loss = recipe.policy_loss
+        if isinstance(loss, PpoPenaltyLoss) and state.penalty_beta is not None and "policy/kl_moved" in metrics:
+            further["policy/penalty_beta"] = state.penalty_beta
+            control = bind(KL_CONTROLLERS, loss.controller)
+            state.penalty_beta = control(state.penalty_beta, metrics["policy/kl_moved"], episodes)
+        alarms = self.alarms.look(step, metrics)
+        state.alarms = self.alarms.state()
+        further |= {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
+        return further, self.alarms.reason_to_stop(alarms)
+
+    # --- sampling ---
+
+    def answers(self, step: int) -> tuple[Answers, dict[str, float]]:
+        """The rollout of a step, over all ranks. With refills, groups of equal scores give way to others.
+
+        [dynamic sampling, arXiv:2503.14476 sec. 3.2] Where the rounds run out, equal groups fill the batch.
+        """
         train = self.recipe.train
-        rows = order.rows(len(self.prompts), train.prompts, step, train.seed)
+        drawn = self.draw(step, 0)
+        if not train.max_refills:
+            return drawn, {}
+        flat = is_flat(drawn.scores.view(-1, train.answers))
+        share, rounds = float(flat.double().mean()), 0
+        while int((~flat).sum()) < train.prompts and rounds < train.max_refills:
+            rounds += 1
+            drawn = join(drawn, self.draw(step, rounds), self.sampler.pad_id)
+            flat = is_flat(drawn.scores.view(-1, train.answers))
+        groups = torch.argsort(flat.int(), stable=True)[: train.prompts]  # in the order of their drawing
+        rows = (groups[:, None] * train.answers + torch.arange(train.answers)).flatten().tolist()
+        kept = float((~flat)[groups].sum())
+        metrics = {"rollout/flat_drawn": share, "rollout/refills": float(rounds), "rollout/groups_kept": kept}
+        return drawn.select(rows), metrics
+
+    def draw(self, step: int, refill: int, *, greedy: bool = False) -> Answers:
+        """One round of prompts with their scored answers, on every rank."""
+        mine = agreed(lambda: self.sample_and_score(step, refill, greedy))
+        return gathered(mine, self.sampler.pad_id)
+
+    def sample_and_score(self, step: int, refill: int, greedy: bool) -> Answers:
+        """This rank's part of a round."""
+        rollout = self.sample(step, refill, greedy)
+        with torch.no_grad():
+            found = self.scorer(rollout)
+            parts = list(found.parts.values())
+            if self.test_scorer is not None and not greedy:
+                tested = self.test_scorer(rollout)
+                parts += [tested.total, *tested.parts.values()]
+        return Answers(
+            rollout.ids,
+            rollout.attention,
+            rollout.response_mask,
+            rollout.sample_logprobs,
+            rollout.finished,
+            found.total,
+            torch.stack(parts, 1),
+            found.steps,
+        )
+
+    def part_names(self) -> list[str]:
+        """Metric names of the columns of `Answers.parts`."""
+        names = [f"reward/{name}" for name in self.scorer.parts]
+        if self.test_scorer is not None:
+            names += ["test/score_mean", *(f"test/{name}" for name in self.test_scorer.parts)]
+        return names
+
+    def sample(self, step: int, refill: int, greedy: bool) -> Rollout:
+        """This rank's answers. Seeds depend on the prompt's place in the global batch, not on the rank."""
+        train, sampling = self.recipe.train, self.recipe.sampling
+        if refill:
+            number = step * train.max_refills + refill - 1
+            rows = order.rows(len(self.prompts), train.prompts, number, derive(train.seed, "refill"))
+        else:
+            rows = order.rows(len(self.prompts), train.prompts, step, train.seed)
+        if greedy:
+            sampling = greedy_sampling(sampling)
+        count = 1 if greedy else train.answers
         places = order.share(list(range(train.prompts)), dist.rank(), dist.world_size())
-        chunk = max(1, train.rollout_batch // train.answers)
+        chunk = max(1, train.rollout_batch // count)
         parts = []
         with self.actor.gathered() as policy:
             for i in range(0, len(places), chunk):
                 part = places[i : i + chunk]
-                seeds = [derive(train.seed, "sample", step, place, g) for place in part for g in range(train.answers)]
-                parts.append(
-                    generate(policy, [self.prompts[rows[p]] for p in part], seeds, self.recipe.sampling, self.sampler)
-                )
+                prompts = [self.prompts[rows[place]] for place in part]
+                seeds = [
+                    derive(train.seed, "sample", step, place + refill * train.prompts, g)
+                    for place in part
+                    for g in range(count)
+                ]
+                parts.append(generate(policy, prompts, seeds, sampling, self.sampler))
         return join_rollouts(parts, self.sampler.pad_id)
 
-    def look_back(self, rollout: Rollout, scores: Tensor) -> Scored:
-        """Log-probs of the trained policy and the reference, and the critic's values, on this rank's rollout."""
-        responses = rollout.response_mask.shape[1]
-        start = rollout.ids.shape[1] - responses
-        old, ref, values = [], [], []
-        micro_batches = list(rollout.split(self.recipe.train.micro_batch))
-        with self.actor.evaluating():
-            for micro in micro_batches:
-                inputs = micro.to(self.actor.device)
-                options = {"start": start, "sampling": self.recipe.sampling}
-                old.append(self.actor(inputs.ids, inputs.attention, **options).cpu())
-                ref.append(self.reference(inputs.ids, inputs.attention, **options).cpu())
-        if self.critic is not None:
-            with self.critic.evaluating():
-                for micro in micro_batches:
-                    inputs = micro.to(self.critic.device)
-                    values.append(self.critic(inputs.ids, inputs.attention, start=start).cpu())
-        is_scored = ~scores.isnan()
-        return Scored(
-            rollout.ids,
-            rollout.attention,
-            rollout.response_mask & is_scored[:, None],  # an unscored answer is left out, never scored 0
-            rollout.sample_logprobs,
-            torch.cat(old),
-            torch.cat(ref),
-            rollout.finished,
-            scores,
-            torch.cat(values) if values else None,
+    # --- looking back ---
+
+    def look_back(self, answers: Answers) -> Seen:
+        """Log-probs of the trained policy and the reference, and the critic's values, of a whole rollout.
+
+        Rows are dealt out longest first, so that ranks have equal work and micro-batches little padding.
+        """
+        world = dist.world_size()
+        lengths = answers.attention.sum(-1)
+        dealt = torch.argsort(-lengths, stable=True)
+        mine = answers.select(dealt[dist.rank() :: world].tolist())
+        seen = list(map(self.look_at, mine.split(self.recipe.train.micro_batch)))
+        places = torch.cat([dealt[rank::world] for rank in range(world)])
+        back = torch.argsort(places)
+
+        def whole(name: str) -> Tensor:
+            return dist.gather_rows(torch.cat([getattr(part, name) for part in seen]))[back]
+
+        return Seen(
+            whole("old_logprobs"), whole("ref_logprobs"), whole("old_values") if self.critic is not None else None
         )
 
-    def gather(self, mine: Scored) -> Scored:
-        """Everybody's rows, in the order of the global batch, padded to common widths."""
-        responses = mine.response_mask.shape[1]
-        prompts = mine.ids.shape[1] - responses
-        wide_p, wide_r = dist.max_over_ranks(prompts), dist.max_over_ranks(responses)
+    def look_at(self, micro: Answers) -> Seen:
+        """What the models say of a micro-batch, as wide as the rollout."""
+        responses = micro.response_mask.shape[1]
+        left, right = padding_columns(micro.attention, responses)
+        ids, attention = (
+            value[:, left : value.shape[1] - right].to(self.actor.device) for value in (micro.ids, micro.attention)
+        )
+        start = ids.shape[1] - (responses - right)
 
         def widen(value: Tensor) -> Tensor:
-            if value.dim() == 2:
-                left = wide_p - prompts if value.shape[1] > responses else 0
-                fill = self.sampler.pad_id if value is mine.ids else 0
-                value = torch.nn.functional.pad(value, (left, wide_r - responses), value=fill)
-            return dist.gather_rows(value)
+            return torch.nn.functional.pad(value.cpu(), (0, right))
 
-        return mine.map(widen)
+        with self.actor.evaluating():
+            options = {"start": start, "sampling": self.recipe.sampling}
+            old, ref = widen(self.actor(ids, attention, **options)), widen(self.reference(ids, attention, **options))
+        if self.critic is None:
+            return Seen(old, ref)
+        with self.critic.evaluating():
+            return Seen(old, ref, widen(self.critic(ids, attention, start=start)))
+
+    # --- minibatches ---
 
     def minibatches(self, step: int, experience: Experience) -> list[Experience]:
         """Seeded permutations cut into equal minibatches; of each, the rows dealt to this rank."""
         train = self.recipe.train
         size = len(experience) // train.minibatches
         lengths = experience.attention.sum(-1).tolist()
-        shares = []
+        shares: list[Experience] = []
         for epoch in range(train.inner_epochs):
             shuffled = permutation(len(experience), derive(train.seed, "minibatch", step, epoch))
             for start in range(0, len(shuffled), size):
                 rows = sorted(shuffled[start : start + size], key=lambda row: -lengths[row])
-                shares.append(experience.select(rows[dist.rank() :: dist.world_size()]))
+                share = experience.select(rows[dist.rank() :: dist.world_size()])
+                number = step * train.inner_epochs * train.minibatches + len(shares)
+                shares.append(replace(share, pretraining=self.supervised_rows(number, size)))
         return shares
 
-    def describe(self, scored: Scored, experience: Experience, parts: dict[str, Tensor]) -> dict[str, float]:
-        """What the rollout looked like, over all ranks."""
-        mask = scored.response_mask
-        tokens = mask.sum()
-        num_scored = mask.any(-1).sum().clamp(min=1)
-        scores = scored.scores[~scored.scores.isnan()]
-        kl = k1(scored.old_logprobs, scored.ref_logprobs)
-        metrics = {
-            "reward/score_mean": scores.mean(),
-            "reward/score_std": scores.std(),
-            "reward/unscored": scored.scores.isnan().sum(),
-            "rollout/length_mean": tokens / num_scored,
-            "rollout/finished": scored.finished.double().mean(),
-            "rollout/kl_ref": masked_sum(kl, mask) / num_scored,
-            "rollout/ref_gap": masked_sum(kl.abs(), mask) / tokens,
-            "rollout/sampler_gap": masked_sum((scored.old_logprobs - scored.sample_logprobs).abs(), mask) / tokens,
-            "rollout/advantage_abs": masked_sum(experience.advantages.abs(), mask) / tokens,
-        }
-        if experience.old_values is not None and experience.returns is not None:
-            metrics["value/explained_variance"] = explained_variance(
-                *value_moments(experience.old_values, experience.returns, mask)
-            )
-            metrics["value/mean"] = masked_sum(experience.old_values, mask) / tokens
-            metrics["value/return_mean"] = masked_sum(experience.returns, mask) / tokens
-        if self.recipe.train.answers > 1:
-            spread = scored.scores.view(-1, self.recipe.train.answers).std(-1)
-            metrics["reward/flat_groups"] = (spread == 0).double().mean()
-        for name, values in parts.items():
-            values = dist.gather_rows(values)
-            metrics[f"reward/{name}"] = values[~values.isnan()].mean()
-        return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
+    def supervised_rows(self, number: int, size: int) -> Tokens | None:
+        """As many supervised rows as the minibatch has answers; this rank's share."""
+        if self.pretraining is None:
+            return None
+        rows = order.rows(len(self.pretraining), size, number, derive(self.recipe.train.seed, "pretraining"))
+        dealt = sorted(rows, key=lambda row: -self.pretraining.lengths[row])
+        batch = self.pretraining.batch(dealt[dist.rank() :: dist.world_size()])
+        assert isinstance(batch, Tokens)
+        return batch
 
 
-def generate(policy: Any, prompts: list[PromptExample], seeds: list[int], sampling: Any, sampler: Sampler) -> Rollout:
-    """Answers to prompts, len(seeds) / len(prompts) each."""
-    batch = collate.prompts(prompts, sampler.pad_id)
-    return sample.generate(
-        policy,
-        batch,
-        answers=len(seeds) // len(prompts),
-        sampling=sampling,
-        stop_ids=sampler.stop_ids,
-        pad_id=sampler.pad_id,
-        seeds=seeds,
-        decode=sampler.decode,
+def agreed(work: Callable[[], T]) -> T:
+    """What `work` returns; where it fails on one rank for a reason to tell, every rank fails with that reason."""
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as failed:
+        error = failed
+    for told in dist.gather_objects(error):
+        if told is not None:
+            raise error or told
+    return result  # type: ignore[return-value]
+
+
+def is_flat(scores: Tensor) -> Tensor:
+    """(N, G) -> (N,): groups whose scored answers all score the same; there is nothing to learn from them."""
+    low = scores.nan_to_num(torch.inf).amin(-1)
+    high = scores.nan_to_num(-torch.inf).amax(-1)
+    return ~(high > low)
+
+
+def gathered(mine: Answers, pad_id: int) -> Answers:
+    """Everybody's rows, in the order of the global batch, padded to common widths."""
+    responses = mine.response_mask.shape[1]
+    prompts = mine.ids.shape[1] - responses
+    wide = widened(mine, dist.max_over_ranks(prompts), dist.max_over_ranks(responses), pad_id)
+    return wide.map(dist.gather_rows)
+
+
+def join(first: Answers, second: Answers, pad_id: int) -> Answers:
+    """The rows of both, padded to common widths."""
+    responses = max(a.response_mask.shape[1] for a in (first, second))
+    prompts = max(a.ids.shape[1] - a.response_mask.shape[1] for a in (first, second))
+    both = [widened(a, prompts, responses, pad_id) for a in (first, second)]
+    values = {name: [getattr(a, name) for a in both] for name in Answers.__dataclass_fields__}
+    return Answers(**{name: None if pair[0] is None else torch.cat(pair) for name, pair in values.items()})
+
+
+def widened(answers: Answers, prompts: int, responses: int, pad_id: int) -> Answers:
+    """With more padding on both sides: `prompts` columns of prompt, `responses` of answer."""
+    right = responses - answers.response_mask.shape[1]
+    left = prompts - (answers.ids.shape[1] - answers.response_mask.shape[1])
+    pad = torch.nn.functional.pad
+    return replace(
+        answers,
+        ids=pad(answers.ids, (left, right), value=pad_id),
+        attention=pad(answers.attention, (left, right)),
+        response_mask=pad(answers.response_mask, (0, right)),
+        sample_logprobs=pad(answers.sample_logprobs, (0, right)),
+        steps=None if answers.steps is None else pad(answers.steps, (0, right), value=torch.nan),
     )
 
 
-def join_rollouts(parts: list[Rollout], pad_id: int) -> Rollout:
-    """Rollouts of several chunks as one, padded to common prompt and response widths."""
-    wide_r = max(part.response_mask.shape[1] for part in parts)
-    wide_p = max(part.ids.shape[1] - part.response_mask.shape[1] for part in parts)
-    widened = []
-    for part in parts:
-        responses = part.response_mask.shape[1]
-        left, right = wide_p - (part.ids.shape[1] - responses), wide_r - responses
-        pad = torch.nn.functional.pad
-        widened.append(
-            Rollout(
-                pad(part.ids, (left, right), value=pad_id),
-                pad(part.attention, (left, right)),
-                pad(part.response_mask, (0, right)),
-                pad(part.sample_logprobs, (0, right)),
-                part.finished,
-                part.texts,
-                part.rows,
-            )
-        )
-    tensors = [
-        torch.cat([getattr(part, name) for part in widened])
-        for name in ("ids", "attention", "response_mask", "sample_logprobs", "finished")
-    ]
-    return Rollout(*tensors, [t for part in widened for t in part.texts], [r for part in widened for r in part.rows])
+def greedy_sampling(sampling: SamplingBlock) -> SamplingBlock:
+    """The same distribution's most likely tokens."""
+    return sampling.model_copy(update={"top_k": 1, "top_p": 1.0})

@@ -15,8 +15,8 @@ from rlhf.recipe.schema import LogBlock, SamplingBlock
 from rlhf.rewards.scorer import Scorer
 from rlhf.run.commit import append_jsonl
 from rlhf.run.stage import StageDir
-from rlhf.train.online import Sampler, generate
 from rlhf.train.progress import Progress
+from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive
 
 

@@ -10,14 +10,16 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
+from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.explain import offline_steps
 from rlhf.recipe.schema import SamplingBlock
-from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train import roles
-from rlhf.train.advantages import grpo_experience, ppo_experience
+from rlhf.train.alarms import Alarms
+from rlhf.train.checkpoints import Running
 from rlhf.train.guards import check_same_weights
 from rlhf.train.job import Job
 from rlhf.train.loop import Collector, Stage
@@ -25,14 +27,17 @@ from rlhf.train.objectives import (
     Objective,
     PolicyObjective,
     PreferenceObjective,
+    PretrainingObjective,
     RewardObjective,
     SFTObjective,
     ValueObjective,
 )
-from rlhf.train.online import OnlineCollector, Sampler
+from rlhf.train.online import OnlineCollector
 from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
+from rlhf.train.rollout import Sampler
 from rlhf.train.samples import SampleWriter, shown_prompts
+from rlhf.train.state import OnlineState
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 
@@ -52,6 +57,14 @@ class Parts:
     sampling: SamplingBlock | None = None
     scorer: Scorer | None = None
     stop_ids: list[int] = field(default_factory=list)
+    state: OnlineState | None = None
+    averages: dict[str, Ema] = field(default_factory=dict)  # by the part they are published as
+    policy_starts: int = 0
+    target_kl: float | None = None
+
+    def running(self) -> Running:
+        """What a checkpoint holds."""
+        return Running(self.engines, dict(self.averages), self.state)
 
 
 def assemble(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
@@ -131,33 +144,20 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
 
 
 def ppo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
-    """Actor and critic; KL in the reward."""
+    """Actor and critic."""
     recipe = job.recipe
     assert isinstance(recipe, PPORecipe)
     actor, critic = roles.policy_engine(job, tokenizer), roles.critic_engine(job, tokenizer)
-    policy = PolicyObjective.from_blocks(
-        actor, recipe.train, recipe.policy_loss, aggregation="token_mean", sampling=recipe.sampling, kl=None
-    )
-    value = ValueObjective.from_block(critic, recipe.critic, recipe.value_loss)
-    parts = _online(job, tokenizer, data, actor, critic, [policy, value], ppo_experience)
+    parts = _online(job, tokenizer, data, actor, critic)
+    parts.objectives.append(ValueObjective.from_block(critic, recipe.critic, recipe.value_loss))
     parts.published["critic"] = (critic, "value")
+    parts.policy_starts = recipe.critic.warmup_rollouts
     return parts
 
 
 def grpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
-    """No critic: groups of answers are their own baseline; KL in the loss."""
-    recipe = job.recipe
-    assert isinstance(recipe, GRPORecipe)
-    actor = roles.policy_engine(job, tokenizer)
-    policy = PolicyObjective.from_blocks(
-        actor,
-        recipe.train,
-        recipe.policy_loss,
-        aggregation=recipe.aggregation,
-        sampling=recipe.sampling,
-        kl=recipe.kl,
-    )
-    return _online(job, tokenizer, data, actor, None, [policy], grpo_experience)
+    """No critic: answers are compared with each other or with a baseline."""
+    return _online(job, tokenizer, data, roles.policy_engine(job, tokenizer), None)
 
 
 ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
@@ -169,18 +169,12 @@ ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
 }
 
 
-def _online(
-    job: Job,
-    tokenizer: PreTrainedTokenizerFast,
-    data: Loaded,
-    actor: Engine,
-    critic: Engine | None,
-    objectives: list[Objective],
-    to_experience: Callable[..., Any],
-) -> Parts:
+def _online(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded, actor: Engine, critic: Engine | None) -> Parts:
     recipe = job.recipe
-    assert isinstance(recipe, (PPORecipe, GRPORecipe))
+    assert isinstance(recipe, OnlineRecipe)
     scorer = roles.scorer(job, tokenizer)
+    state = OnlineState.at_start(recipe)
+    mixed = None if data.pretraining is None else token_dataset(data.pretraining.train, tokenizer.pad_token_id)
     collector = OnlineCollector(
         recipe,
         data.train,
@@ -188,10 +182,17 @@ def _online(
         actor,
         roles.reference(job, tokenizer, actor),
         scorer,
+        roles.test_scorer(job, tokenizer),
         critic,
-        to_experience,
+        mixed,
+        state,
+        Alarms(recipe.guards),
         roles.is_same_start(job),
     )
+    objectives: list[Objective] = [PolicyObjective.from_recipe(actor, recipe, state)]
+    if recipe.pretraining is not None:
+        objectives.append(PretrainingObjective(actor, recipe.train, recipe.pretraining.coef))
+    averages = {} if recipe.ema is None else {"ema": Ema(actor, recipe.ema.decay)}
     return Parts(
         engines={"policy": actor, **({"critic": critic} if critic else {})},
         objectives=objectives,
@@ -199,10 +200,13 @@ def _online(
         steps=recipe.train.rollouts,
         updates_per_step=recipe.train.inner_epochs * recipe.train.minibatches,
         key_metric="reward/score_mean",
-        published={"model": (actor, "policy")},
+        published={"model": (actor, "policy"), **{name: (actor, "policy") for name in averages}},
         prompts=shown_prompts(recipe.log, data, tokenizer),
         sampling=recipe.sampling,
         scorer=scorer,
+        state=state,
+        averages=averages,
+        target_kl=recipe.train.target_kl,
     )
 
 
@@ -245,6 +249,9 @@ def to_stage(
         is_sample_step=is_sample_step,
         checkpoint=save,
         report=report,
+        policy_starts=parts.policy_starts,
+        target_kl=parts.target_kl,
+        averages=list(parts.averages.values()),
     )
 
 

@@ -11,6 +11,7 @@ import torch
 from rlhf.batch import Rows
 from rlhf.data import order
 from rlhf.engine import dist
+from rlhf.errors import UserError
 from rlhf.train.loop import Collected
 from rlhf.train.metrics import Meter
 from rlhf.train.objectives import Objective
@@ -46,6 +47,10 @@ class SupervisedCollector:
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         """Hand the first minibatch's metrics to the stage's invariant check."""
         self.check(step, metrics)
+
+    def learned(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], UserError | None]:
+        """Nothing is adapted between steps."""
+        return {}, None
 
 
 def balanced_share(rows: list[int], lengths: list[int], rank: int, world: int) -> list[int]:

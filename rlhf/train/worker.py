@@ -7,8 +7,10 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,14 +18,15 @@ from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
 from rlhf.data import chat
-from rlhf.data.examples import load_examples
+from rlhf.data.examples import Loaded, load_examples
 from rlhf.engine import dist
 from rlhf.errors import ResourceError, StoppedError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
+from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
-from rlhf.train.job import DATA_KIND, Job
+from rlhf.train.job import DATA_KIND, Job, Kind
 from rlhf.train.loop import fit
 from rlhf.train.metrics import MetricsLog
 from rlhf.train.preflight import check_models, check_rewards, check_samples
@@ -60,18 +63,15 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     kind = DATA_KIND[job.stage]
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
-    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
+    data = load_data(job, tokenizer, kind)
     check_rewards(job, data.train)
     check_samples(job, tokenizer, data)
-    for line in data.report.lines():
-        logger.info(line)
+    facts = report_data(data)
     if dist.is_main():
         folder.write_recipe(job.recipe_text, job.resolved_text)
-        folder.write_provenance(
-            devices=devices(), seed=seed, parents=job.distinct_parents(), data=data.report.as_dict()
-        )
+        folder.write_provenance(devices=devices(), seed=seed, parents=job.distinct_parents(), data=facts)
     parts = stages.assemble(job, tokenizer, data)
-    first_step = load_checkpoint(checkpoint, parts.engines) if checkpoint else 0
+    first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
     if dist.is_main():
         folder.cut_logs(first_step)
     title = job.stage if folder.name == job.stage else f"{job.stage} {folder.name}"
@@ -81,7 +81,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
             parts,
             tokenizer,
             progress,
-            save=lambda done: save_checkpoint(folder, parts.engines, done, recipe.checkpoint.keep),
+            save=lambda done: save_checkpoint(folder, parts.running(), done, recipe.checkpoint.keep),
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
         )
         dist.barrier()
@@ -93,6 +93,28 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     logger.info("%s: %s %s", folder.path, parts.key_metric, "-" if key is None else f"{key:.4g}")
 
 
+def load_data(job: Job, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Loaded:
+    """The stage's rows, and supervised ones where the recipe mixes them in."""
+    recipe, seed = job.recipe, job.recipe.train.seed
+    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
+    if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
+        mixed = load_examples(recipe.pretraining.data, tokenizer, "tokens", seed)
+        data = replace(data, pretraining=mixed)
+    return data
+
+
+def report_data(data: Loaded) -> dict[str, Any]:
+    """Say what was read; returns the same for provenance.json."""
+    facts = data.report.as_dict()
+    for line in data.report.lines():
+        logger.info(line)
+    if data.pretraining is not None:
+        facts["pretraining"] = data.pretraining.report.as_dict()
+        for line in data.pretraining.report.lines():
+            logger.info("pretraining: %s", line)
+    return facts
+
+
 def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -> None:
     """Keep status.json up to date."""
     if dist.is_main():
@@ -102,7 +124,9 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
 def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the trained models as Hugging Face folders; the manifest comes last."""
     for part, (engine, kind) in parts.published.items():
-        state = engine.state_dict()
+        average = parts.averages[part] if part in parts.averages else None
+        with average.swapped() if average is not None else nullcontext():
+            state = engine.state_dict()
         if state is not None:
             if kind == "policy":  # plain `generate` must stop where our rollouts do
                 engine.module.core.generation_config.eos_token_id = parts.stop_ids

@@ -76,7 +76,7 @@ def test_sampling_options_shape_the_distribution(tiny):
         -1, ids[:, 3:, None], logits.gather(-1, ids[:, 3:, None])
     )
     sampling = SamplingBlock(temperature=0.7, top_k=5)
-    logprobs, entropy = PolicyModule(model)(ids, torch.ones_like(ids), start=3, sampling=sampling, with_entropy=True)
+    logprobs, entropy = PolicyModule(model)(ids, torch.ones_like(ids), start=3, sampling=sampling, entropy="value")
     expected = kept.log_softmax(-1).gather(-1, ids[:, 3:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
     probs = torch.where(logits < top, -torch.inf, logits).softmax(-1)
@@ -87,7 +87,7 @@ def test_sampling_options_shape_the_distribution(tiny):
 def test_outputs_are_float32_under_bf16(tiny):
     ids = torch.randint(5, 300, (2, 6))
     policy, scorer = PolicyModule(tiny("llama").bfloat16()), ScorerModule(tiny("llama", scorer=True).bfloat16())
-    outputs = [*policy(ids, ids > 0, start=2, with_entropy=True), scorer(ids, ids > 0), scorer(ids, ids > 0, start=2)]
+    outputs = [*policy(ids, ids > 0, start=2, entropy="value"), scorer(ids, ids > 0), scorer(ids, ids > 0, start=2)]
     assert {output.dtype for output in outputs} == {torch.float32}
 
 

@@ -1,0 +1,162 @@
+"""Rules of on-policy recipes: which estimators, losses, reductions and KL terms make sense together, and why others not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from rlhf.recipe.policy_options import AdaptiveKl, PpoPenaltyLoss, ScoresBlock
+from rlhf.recipe.problems import Problem
+from rlhf.recipe.reward_options import ProcessReward
+from rlhf.recipe.stages import OnlineRecipe, PPORecipe
+
+Problems = Iterator[Problem]
+
+
+def estimator_and_critic(recipe: OnlineRecipe) -> Problems:
+    """A critic is trained where the estimator uses it, and nowhere else."""
+    name = recipe.advantage.name
+    has_critic = isinstance(recipe, PPORecipe)
+    if recipe.advantage.needs_critic and not has_critic:
+        what = f"expected an estimator without a critic, found {name}"
+        yield Problem("advantage.name", what, "this stage trains no critic: use rlhf ppo, or another estimator")
+    if has_critic and not recipe.advantage.needs_critic:
+        what = f"expected gae, found {name}, which has no use for the critic that this stage trains"
+        yield Problem("advantage.name", what, "use rlhf grpo, which trains none")
+
+
+def estimator_and_group(recipe: OnlineRecipe) -> Problems:
+    """One answer has nothing to be compared with."""
+    if recipe.advantage.needs_group and recipe.train.answers < 2:
+        what = f"expected at least 2 for advantage {recipe.advantage.name}, found {recipe.train.answers}"
+        fix = "raise it, or choose reinforce, reinforce_pp or remax, which need no group"
+        yield Problem("train.answers", what, fix, ("advantage.name",))
+
+
+def estimator_and_steps(recipe: OnlineRecipe) -> Problems:
+    """Step scores come from a reward that gives them, and are not scores of answers."""
+    if not recipe.advantage.needs_steps:
+        return
+    name = recipe.advantage.name
+    if not any(isinstance(reward, ProcessReward) for reward in recipe.rewards):
+        what = f"expected one of kind process for advantage {name}, found none"
+        yield Problem("rewards", what, "add a process reward, or choose advantage grpo", ("advantage.name",))
+    if recipe.kl.placement == "reward" and recipe.kl.coef:
+        what = f"expected loss with advantage {name}, which sees the scores of steps only, found reward"
+        yield Problem("kl.placement", what, "set it to loss", ("advantage.name",))
+    for key, info in ScoresBlock.model_fields.items():
+        if key != "drop_unfinished" and getattr(recipe.scores, key) != info.default:
+            what = f"expected its default with advantage {name}, which sees the scores of steps, not of answers"
+            yield Problem(f"scores.{key}", what, "remove it", ("advantage.name",))
+
+
+def whitened_rewards(recipe: OnlineRecipe) -> Problems:
+    """Whitening token rewards changes nothing that a sum over the answer would notice."""
+    if recipe.whiten_rewards and "rewards" not in _token_inputs(recipe):
+        what = f"expected false with advantage {recipe.advantage.name}, which does not read token rewards, found true"
+        yield Problem("whiten_rewards", what, "use gae or reinforce_pp, or scores.normalise", ("advantage.name",))
+
+
+def _token_inputs(recipe: OnlineRecipe) -> tuple[str, ...]:
+    return ("rewards",) if recipe.advantage.per_token and not recipe.advantage.needs_steps else ()
+
+
+def kl_in_loss(recipe: OnlineRecipe) -> Problems:
+    """k1 has an expected gradient of 0: as a loss it does nothing but add noise."""
+    if recipe.kl.placement == "loss" and recipe.kl.estimator == "k1" and recipe.kl.coef:
+        what = "expected k2, k3 or abs where the KL is a term of the loss, found k1, whose expected gradient is 0"
+        yield Problem("kl.estimator", what, "choose k3, or set kl.placement to reward", ("kl.placement",))
+
+
+def kl_control(recipe: OnlineRecipe) -> Problems:
+    """A controller multiplies: from 0 it never gets away."""
+    if isinstance(recipe.kl.controller, AdaptiveKl) and not recipe.kl.coef:
+        what = "expected a number > 0 for an adaptive controller to start from, found 0"
+        yield Problem("kl.coef", what, "0.2 is usual", ("kl.controller.name",))
+
+
+def fresh_samples(recipe: OnlineRecipe) -> Problems:
+    """A loss without a probability ratio is the policy gradient on fresh samples only."""
+    train = recipe.train
+    if recipe.policy_loss.only_fresh and train.inner_epochs * train.minibatches > 1:
+        key = "train.inner_epochs" if train.inner_epochs > 1 else "train.minibatches"
+        what = f"expected 1 with policy_loss {recipe.policy_loss.name}, found {getattr(train, key[6:])}"
+        fix = (
+            "it has no probability ratio, so only the first update on a rollout is right: set it to 1, or use ppo_clip"
+        )
+        yield Problem(key, what, fix, ("policy_loss.name",))
+
+
+def penalty_needs_updates(recipe: OnlineRecipe) -> Problems:
+    """At the first update on a rollout the policy is the one that sampled, and the penalty has no gradient."""
+    train = recipe.train
+    if isinstance(recipe.policy_loss, PpoPenaltyLoss) and train.inner_epochs * train.minibatches == 1:
+        what = "expected several updates per rollout for ppo_penalty, whose penalty is 0 at the first, found 1"
+        fix = "raise train.inner_epochs or train.minibatches, or use ppo_clip"
+        yield Problem("train.inner_epochs", what, fix, ("policy_loss.name", "train.minibatches"))
+
+
+def sequence_losses(recipe: OnlineRecipe) -> Problems:
+    """A loss with one number per answer is averaged over answers."""
+    name = recipe.policy_loss.name
+    if recipe.policy_loss.per_sequence and recipe.aggregation != "sequence_mean":
+        what = f"expected sequence_mean with policy_loss {name}, found {recipe.aggregation}"
+        fix = f"{name} gives one number per answer; any other sum would weigh answers by their length"
+        yield Problem("aggregation", what, fix, ("policy_loss.name",))
+    if recipe.policy_loss.per_sequence and recipe.advantage.per_token:
+        what = f"expected an estimator of whole answers with policy_loss {name}, found {recipe.advantage.name}"
+        fix = f"{name} moves whole answers; use grpo, rloo, reinforce or remax"
+        yield Problem("advantage.name", what, fix, ("policy_loss.name",))
+
+
+def refills(recipe: OnlineRecipe) -> Problems:
+    """Only groups can be flat."""
+    if recipe.train.max_refills and not (recipe.advantage.needs_group and recipe.train.answers > 1):
+        what = f"expected 0 with advantage {recipe.advantage.name}, which compares no groups"
+        fix = "refills replace groups of equal scores: use grpo, dr_grpo or rloo, or set it to 0"
+        yield Problem("train.max_refills", f"{what}, found {recipe.train.max_refills}", fix, ("advantage.name",))
+
+
+def score_options(recipe: OnlineRecipe) -> Problems:
+    """Penalties that can be felt, and do not contradict each other."""
+    scores, longest = recipe.scores, recipe.sampling.max_new_tokens
+    if scores.overlong_buffer >= longest and scores.overlong_buffer:
+        what = f"expected less than sampling.max_new_tokens = {longest}, found {scores.overlong_buffer}"
+        also = ("sampling.max_new_tokens",)
+        yield Problem("scores.overlong_buffer", what, "the penalty begins so many tokens before the limit", also)
+    if scores.missing_eos_score is not None and scores.missing_eos_penalty:
+        what = "expected one of missing_eos_penalty and missing_eos_score, found both"
+        yield Problem("scores.missing_eos_score", what, "remove one of them", ("scores.missing_eos_penalty",))
+
+
+def critic_warmup(recipe: OnlineRecipe) -> Problems:
+    """The policy moves some day."""
+    if isinstance(recipe, PPORecipe) and recipe.critic.warmup_rollouts >= recipe.train.rollouts:
+        what = f"expected less than train.rollouts = {recipe.train.rollouts}, found {recipe.critic.warmup_rollouts}"
+        yield Problem("critic.warmup_rollouts", what, "else the policy never learns", ("train.rollouts",))
+
+
+def pretraining_rows(recipe: OnlineRecipe) -> Problems:
+    """Rows that are mixed in are all trained on."""
+    if recipe.pretraining is None:
+        return
+    if recipe.pretraining.data.eval is not None or recipe.pretraining.data.eval_rows:
+        key = "eval_rows" if recipe.pretraining.data.eval_rows else "eval"
+        what = "expected no held-out rows, found some"
+        yield Problem(f"pretraining.data.{key}", what, "remove it: nothing is evaluated on them")
+
+
+POLICY_RULES: tuple[Callable[[OnlineRecipe], Problems], ...] = (
+    estimator_and_critic,
+    estimator_and_group,
+    estimator_and_steps,
+    whitened_rewards,
+    kl_in_loss,
+    kl_control,
+    fresh_samples,
+    penalty_needs_updates,
+    sequence_losses,
+    refills,
+    score_options,
+    critic_warmup,
+    pretraining_rows,
+)
