@@ -218,7 +218,7 @@ def _or(words: tuple[str, ...]) -> str:
 
 
 def read_rows(source: SourceBlock, key: str) -> Iterator[Row]:
-    """The rows of a source as they stand in its files, at most `limit`; at least one."""
+    """The rows of a source as they stand in its files: its `part` of them, at most `limit`."""
     located = locate(source, key)
     rows: Iterable[Row]
     if located.kind == "files":
@@ -231,7 +231,17 @@ def read_rows(source: SourceBlock, key: str) -> Iterator[Row]:
     first = next(iter(rows := iter(rows)), None)
     if first is None:
         raise DataError("expected rows, found none", where=str(source.path), fix=_named(key))
-    yield from itertools.islice(itertools.chain([first], rows), source.limit)
+    number, parts = part_of(source)
+    part = itertools.islice(itertools.chain([first], rows), number, None, parts)
+    yield from itertools.islice(part, source.limit)
+
+
+def part_of(source: SourceBlock) -> tuple[int, int]:
+    """(which row of every so many is read, counted from 0, and how many that is)."""
+    if source.part is None:
+        return 0, 1
+    number, _, parts = source.part.partition("/")
+    return int(number) - 1, int(parts)
 
 
 def _load_saved(source: SourceBlock, located: Located) -> Any:

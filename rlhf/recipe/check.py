@@ -212,6 +212,14 @@ def source_paths(recipe: Recipe) -> Problems:
             yield Problem(f"{key}.path", "expected text, found nothing", fix)
 
 
+def parts(recipe: Recipe) -> Problems:
+    """The second of two parts exists, the third does not."""
+    for key, source in _sources(recipe):
+        number, _, count = (source.part or "1/1").partition("/")
+        if int(number) > int(count):
+            yield Problem(f"{key}.part", f"expected at most {count}/{count}, found {source.part}", "parts count from 1")
+
+
 def templates(recipe: Recipe) -> Problems:
     """The braces of a template can be filled."""
     for key, source in _sources(recipe):
@@ -344,6 +352,7 @@ COMMON: tuple[Rule, ...] = (
     zero_of_roles,
     inline_options,
     source_paths,
+    parts,
     templates,
     prompt_length,
 )

@@ -68,7 +68,7 @@ def _keys(block: type[Block], but: str | None = None) -> list[str]:
 
 
 def _columns(rows: dict[str, str]) -> list[str]:
-    width = max(map(len, rows)) + 2
+    width = max(map(len, rows), default=0) + 2
     return [f"    {name:<{width}}{text}" for name, text in rows.items()]
 
 

@@ -136,15 +136,7 @@ class AdaptiveKl(Block):
     horizon: float = Field(10_000.0, gt=0, description="answers over which the coefficient moves by the relative error")
 
 
-class PpoPenaltyBeta(Block):
-    """Doubles or halves the coefficient where an update moved the policy too far or too little (arXiv:1707.06347)."""
-
-    name: Literal["ppo_penalty_beta"] = "ppo_penalty_beta"
-    target: float = Field(0.01, gt=0, description="KL that one rollout may move the policy, in nats per token")
-
-
 KlController = Annotated[FixedKl | AdaptiveKl, Field(discriminator="name"), default_name("fixed")]
-PenaltyController = Annotated[FixedKl | PpoPenaltyBeta, Field(discriminator="name"), default_name("ppo_penalty_beta")]
 
 
 class KlBlock(Block):
@@ -190,9 +182,12 @@ class PpoDualClipLoss(PolicyLossBlock):
 class PpoPenaltyLoss(PolicyLossBlock):
     """Unclipped surrogate with a penalty on the KL to the policy that sampled (arXiv:1707.06347 sec. 4)."""
 
+    not_arguments: ClassVar[tuple[str, ...]] = ("target",)
     name: Literal["ppo_penalty"] = "ppo_penalty"
-    beta: float = Field(1.0, gt=0, description="weight of KL(old policy || policy); where the controller starts")
-    controller: PenaltyController = Field(PpoPenaltyBeta(), description="how beta changes while training")
+    beta: float = Field(1.0, gt=0, description="weight of KL(old policy || policy) at the start")
+    target: float = Field(
+        0.01, gt=0, description="KL that a rollout may move the policy, in nats per token: beyond 1.5 x, beta doubles"
+    )
 
 
 class ReinforceLoss(PolicyLossBlock):

@@ -1,4 +1,4 @@
-"""Rules of on-policy recipes: which estimators, losses, reductions and KL terms make sense together, and why others not."""
+"""Rules of on-policy recipes: which estimators, losses, reductions and KL terms make sense together, and why."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def estimator_and_critic(recipe: OnlineRecipe) -> Problems:
 
 def estimator_and_group(recipe: OnlineRecipe) -> Problems:
     """One answer has nothing to be compared with."""
-    if recipe.advantage.needs_group and recipe.train.answers < 2:
+    if recipe.advantage.needs_group and recipe.train.answers < 2 and not isinstance(recipe, PPORecipe):
         what = f"expected at least 2 for advantage {recipe.advantage.name}, found {recipe.train.answers}"
         fix = "raise it, or choose reinforce, reinforce_pp or remax, which need no group"
         yield Problem("train.answers", what, fix, ("advantage.name",))
@@ -44,20 +44,19 @@ def estimator_and_steps(recipe: OnlineRecipe) -> Problems:
         what = f"expected loss with advantage {name}, which sees the scores of steps only, found reward"
         yield Problem("kl.placement", what, "set it to loss", ("advantage.name",))
     for key, info in ScoresBlock.model_fields.items():
-        if key != "drop_unfinished" and getattr(recipe.scores, key) != info.default:
-            what = f"expected its default with advantage {name}, which sees the scores of steps, not of answers"
+        found = getattr(recipe.scores, key)
+        if key != "drop_unfinished" and found != info.default:
+            what = (
+                f"expected nothing with advantage {name}, which sees the scores of steps, not of answers, found {found}"
+            )
             yield Problem(f"scores.{key}", what, "remove it", ("advantage.name",))
 
 
 def whitened_rewards(recipe: OnlineRecipe) -> Problems:
     """Whitening token rewards changes nothing that a sum over the answer would notice."""
-    if recipe.whiten_rewards and "rewards" not in _token_inputs(recipe):
+    if recipe.whiten_rewards and (not recipe.advantage.per_token or recipe.advantage.needs_steps):
         what = f"expected false with advantage {recipe.advantage.name}, which does not read token rewards, found true"
         yield Problem("whiten_rewards", what, "use gae or reinforce_pp, or scores.normalise", ("advantage.name",))
-
-
-def _token_inputs(recipe: OnlineRecipe) -> tuple[str, ...]:
-    return ("rewards",) if recipe.advantage.per_token and not recipe.advantage.needs_steps else ()
 
 
 def kl_in_loss(recipe: OnlineRecipe) -> Problems:

@@ -15,11 +15,19 @@ class Block(BaseModel):
     """A group of options. Unknown keys are errors, types are never guessed, values never change after loading."""
 
     model_config = ConfigDict(
-        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, populate_by_name=True, validate_default=True
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        populate_by_name=True,
+        validate_default=True,
+        defer_build=True,
     )
 
     # Groups of keys of which only one may be given; `--set` of one replaces another that the file gives.
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    # Options of a named choice that are not arguments of its function.
+    not_arguments: ClassVar[tuple[str, ...]] = ()
     # key -> keys that say more about its value; `--set` of the key makes what a file says of the old value void
     qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {}
 
@@ -160,6 +168,11 @@ class SourceBlock(Block):
     )
     weight: float = Field(
         1.0, gt=0, description="share of its rows that a source gives, relative to the largest weight"
+    )
+    part: str | None = Field(
+        None,
+        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        description="every n-th row, e.g. 1/2 and 2/2: halves that share no row, for a train and a test reward model",
     )
     limit: int | None = Field(None, ge=1, description="read at most this many rows")
 

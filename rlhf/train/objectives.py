@@ -47,8 +47,8 @@ class Objective(Protocol):
 def bind(registry: Registry, block: Block) -> Callable[..., Any]:
     """The registered function that a recipe block chose, with the block's options filled in."""
     chosen = next(key for key in ("name", "kind") if key in type(block).model_fields)
-    options = {key: getattr(block, key) for key in type(block).model_fields if key not in (chosen, "weight")}
-    options = {key: value for key, value in options.items() if not isinstance(value, Block)}
+    skipped = (chosen, "weight", *block.not_arguments)
+    options = {key: getattr(block, key) for key in type(block).model_fields if key not in skipped}
     return partial(registry[getattr(block, chosen)].function, **options)
 
 

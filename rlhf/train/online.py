@@ -15,7 +15,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.algo.kl import KL_CONTROLLERS
+from rlhf.algo.kl import KL_CONTROLLERS, ppo_penalty_beta
 from rlhf.batch import Experience, Rollout, Tokens
 from rlhf.data import order
 from rlhf.data.examples import PromptExample
@@ -95,8 +95,8 @@ class OnlineCollector:
         loss = recipe.policy_loss
         if isinstance(loss, PpoPenaltyLoss) and state.penalty_beta is not None and "policy/kl_moved" in metrics:
             further["policy/penalty_beta"] = state.penalty_beta
-            control = bind(KL_CONTROLLERS, loss.controller)
-            state.penalty_beta = control(state.penalty_beta, metrics["policy/kl_moved"], episodes)
+            moved = metrics["policy/kl_moved"]
+            state.penalty_beta = ppo_penalty_beta(state.penalty_beta, moved, episodes, target=loss.target)
         alarms = self.alarms.look(step, metrics)
         state.alarms = self.alarms.state()
         further |= {f"alarm/{alarm.name}": 1.0 for alarm in alarms}

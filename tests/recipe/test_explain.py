@@ -38,7 +38,9 @@ def test_choices_and_where_a_key_belongs() -> None:
 def test_a_block_lists_its_keys() -> None:
     text = explain("kl", "grpo")
     assert text.splitlines()[0] == "kl  (rlhf grpo)"
-    assert "coef       weight of the per-token KL term; a number >= 0, default 0.04" in text
+    assert (
+        "coef       weight of the per-token KL penalty; where a controller starts; a number >= 0, default 0.04" in text
+    )
     choice = explain("loss", "dpo")
     assert "loss.name is one of:" in choice and "keys with name: cdpo" in choice
     assert "rewards.0.kind is one of:" in explain("rewards", "ppo")
