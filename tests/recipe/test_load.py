@@ -58,7 +58,8 @@ def test_every_problem_is_told_at_once_in_the_order_of_the_file(refuse: Callable
         "r.yaml:11:3: train.epochs: expected a known key, found 'epochs'\n"
         "  did you mean train.inner_epochs or train.eps?",
         "r.yaml:12:1: kl_coef: expected a known key, found 'kl_coef'\n  did you mean kl.coef?",
-        "r.yaml:14:11: rewards.0.kind: expected one of model, exact, numeric, format, length, function, process, http, found 'modle'\n"
+        "r.yaml:14:11: rewards.0.kind: expected one of model, exact, numeric, format, length, function,"
+        " process, http, found 'modle'\n"
         "  did you mean model?",
         "--set train.minibatches=2: train.minibatches: expected a divisor of prompts x answers = 5 x 1 = 5, found 2\n"
         "  one of 1, 5",

@@ -132,7 +132,7 @@ def test_the_order_of_keys_and_the_default_of_every_key_are_accepted(
             if key in ("model.from", "model.path", "critic.from", "advantage.name") or key.endswith(
                 ("data.path", "data.sources.0.path", "data.eval.path")
             ):
-                continue  # one of several alternatives, whose default means that it is absent, or ruled out by the stage
+                continue  # an alternative whose default means absence, or ruled out by the stage
             try:
                 load(to_yaml(given), stage)
             except RecipeError as error:
