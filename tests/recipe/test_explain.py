@@ -39,7 +39,7 @@ def test_a_block_lists_its_keys() -> None:
     text = explain("kl", "grpo")
     assert text.splitlines()[0] == "kl  (rlhf grpo)"
     assert (
-        "coef       weight of the per-token KL penalty; where a controller starts; a number >= 0, default 0.04" in text
+        "coef        weight of the per-token KL penalty; where a controller starts; a number >= 0, default 0.04" in text
     )
     choice = explain("loss", "dpo")
     assert "loss.name is one of:" in choice and "keys with name: cdpo" in choice
