@@ -14,9 +14,10 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.masked import masked_sum
-from rlhf.algo.policy import POLICY_LOSSES, sequence_sums, token_sums
+from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
 from rlhf.algo.registry import Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
@@ -64,7 +65,7 @@ class SFTObjective:
         tokens = trim(micro).to(self.engine.device)
         start = first_trained(tokens.mask)
         mask = tokens.mask[:, start:]
-        nll = token_sums(sft(self.engine(tokens.ids, tokens.attention, start=start), mask), mask)
+        nll = masked_sum(sft(self.engine(tokens.ids, tokens.attention, start=start), mask), mask)
         return Loss({"nll": (nll, "tokens", 1.0)}, {"loss": (nll, "tokens"), "tokens_per_row": (mask.sum(), "rows")})
 
 
@@ -175,9 +176,8 @@ class PolicyObjective:
             experience.ids, experience.attention, start=start, sampling=self.sampling, with_entropy=True
         )
         losses, clipped = self.policy_loss(logprobs, old, experience.advantages, mask)
-        reduce, denominator = {"token_mean": (token_sums, "tokens"), "sequence_mean": (sequence_sums, "sequences")}[
-            self.aggregation
-        ]
+        reduce = partial(AGGREGATIONS[self.aggregation].function, length=self.sampling.max_new_tokens)
+        denominator = DENOMINATORS[self.aggregation]
         policy = reduce(losses, mask)
         terms = {"policy": (policy, denominator, 1.0)}
         change = (logprobs - old).detach()
@@ -219,7 +219,7 @@ class ValueObjective:
         start = experience.ids.shape[1] - mask.shape[1]
         values = self.engine(experience.ids, experience.attention, start=start)  # (b, R)
         losses, clipped = self.value_loss(values, experience.old_values, experience.returns, mask)
-        total = token_sums(losses, mask)
+        total = masked_sum(losses, mask)
         return Loss(
             {"value": (total, "tokens", 1.0)},
             {"loss": (total, "tokens"), "clipfrac": (masked_sum(clipped.float(), mask), "tokens")},
