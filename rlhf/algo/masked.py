@@ -90,3 +90,11 @@ def whiten(x: Tensor, mask: Tensor, moments: Moments, *, unbiased: bool) -> Tens
     x = at_least_float32(x)
     scale = (moments.variance(unbiased=unbiased) + WHITEN_EPS).rsqrt()
     return select((select(x, mask) - moments.mean().to(x)) * scale.to(x), mask)
+
+
+def whiten_keeping_mean(x: Tensor, mask: Tensor, moments: Moments, *, unbiased: bool) -> Tensor:
+    """`whiten`, with the mean added back: (x - mean) / sqrt(variance + 1e-8) + mean.            [arXiv:1909.08593 code]
+
+    For rewards, whose sign and mean say which answers to want at all. 0 where mask is 0.
+    """
+    return select(whiten(x, mask, moments, unbiased=unbiased) + moments.mean().to(at_least_float32(x)), mask)

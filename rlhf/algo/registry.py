@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ class Entry:
     function: Callable[..., Any]
     paper: str
     summary: str
+    inputs: tuple[str, ...]  # names of the positional parameters: what a caller must have; the others are options
 
 
 class Registry:
@@ -35,7 +37,9 @@ class Registry:
             if not paper.strip() or not (function.__doc__ or "").strip():
                 raise ValueError(f"{self.kind} {name!r} needs a paper and a docstring")
             summary = (function.__doc__ or "").strip().splitlines()[0]
-            self._entries[name] = Entry(name, function, paper, summary)
+            parameters = inspect.signature(function).parameters.values()
+            inputs = tuple(each.name for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY)
+            self._entries[name] = Entry(name, function, paper, summary, inputs)
             return function
 
         return enter

@@ -21,7 +21,18 @@ def test_an_entry_knows_its_function_and_where_it_comes_from() -> None:
     entry = registry["double"]
     assert (entry.name, entry.function, entry.paper) == ("double", double, "arXiv:0000.00000 eq. 1")
     assert entry.summary == "Twice x."
+    assert entry.inputs == ("x",)
     assert registry.names() == ["double"] and list(registry) == [entry]
+
+
+def test_inputs_are_the_positional_parameters_in_order() -> None:
+    def weigh(scores: float, mask: float, *, eps: float, unbiased: bool) -> float:
+        """A weight."""
+        return scores * mask * eps * unbiased
+
+    registry = Registry("thing")
+    registry.register("weigh", paper="a paper")(weigh)
+    assert registry["weigh"].inputs == ("scores", "mask")
 
 
 def test_a_name_is_taken_once() -> None:

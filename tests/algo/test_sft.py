@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from rlhf.algo.logprobs import token_logprobs
-from rlhf.algo.policy import token_sums
+from rlhf.algo.masked import masked_sum
 from rlhf.algo.sft import sft
 
 
@@ -23,7 +23,7 @@ def test_sum_and_gradient_are_cross_entropys_and_split_over_micro_batches() -> N
     off = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 
     def total(rows: slice) -> torch.Tensor:
-        return token_sums(sft(token_logprobs(logits[rows], targets[rows], **off), mask[rows]), mask[rows])
+        return masked_sum(sft(token_logprobs(logits[rows], targets[rows], **off), mask[rows]), mask[rows])
 
     labels = torch.where(mask, targets, -100)
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")

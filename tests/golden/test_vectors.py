@@ -16,24 +16,39 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.advantages import gae, grpo
+from rlhf.algo.advantages import dr_grpo, gae, grpo, grpo_batch, reinforce_pp, reinforce_pp_baseline, remax, rloo
+from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
+from rlhf.algo.controllers import adaptive, ppo_penalty_beta
 from rlhf.algo.kl import KL_ESTIMATORS, k1, k2, k3, seq_kl_exact
 from rlhf.algo.logprobs import entropy, token_logprobs
-from rlhf.algo.masked import masked_mean, masked_sum, moments, row_sums, select, whiten
-from rlhf.algo.policy import ppo_clip, sequence_sums, token_sums
+from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, select, whiten, whiten_keeping_mean
+from rlhf.algo.policy import gspo, mdloo, ppo_clip, ppo_dual_clip, reinforce, rloo_clip
 from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
 from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
-from rlhf.algo.rewards import process_scores, shape_rewards
+from rlhf.algo.rewards import overlong_punishment, process_scores, shape_rewards
 from rlhf.algo.sft import sft
 from rlhf.algo.value import ppo_value
 from rlhf.batch import PairLogprobs
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 26
+NUM_VECTORS = 44
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
+
+
+# the vectors' names of the ways to add up
+AGGREGATION = {"token_mean": "token_mean", "seq_mean_token_mean": "sequence_mean", "constant": "constant"}
+
+
+def average(name: str, losses: Tensor, mask: Tensor, length: int = 0) -> Tensor:
+    counts = {"tokens": mask.sum(), "sequences": mask.any(-1).sum()}
+    return AGGREGATIONS[name].function(losses, mask, length=length) / counts[DENOMINATORS[name]]
+
+
+def on_tokens(values: Tensor, mask: Tensor) -> Tensor:
+    return values.unsqueeze(-1).expand(mask.shape)
 
 
 def gradients(loss: Tensor, inputs: Inputs, *names: str) -> Inputs:
@@ -67,12 +82,12 @@ def supervised(inputs: Inputs, hyper: Computed) -> Computed:
     mask = labels != -100
     targets = labels.clamp(min=0)
     losses = sft(token_logprobs(inputs["logits"][:, :-1], targets, temperature=1.0, top_k=0, top_p=1.0), mask)
-    token_mean = token_sums(losses, mask) / mask.sum()
+    token_mean = average("token_mean", losses, mask)
     return {
         "token_mean": token_mean,
         "loss": token_mean,
-        "seq_mean": sequence_sums(losses, mask) / len(losses),
-        "seq_sum": token_sums(losses, mask) / len(losses),
+        "seq_mean": average("sequence_mean", losses, mask),
+        "seq_sum": average("sequence_sum", losses, mask),
         "per_example": row_sums(losses, mask),
         "grad": gradients(token_mean, inputs, "logits"),
     }
@@ -113,14 +128,21 @@ def token_entropy(inputs: Inputs, hyper: Computed) -> Computed:
 
 
 def shaped_rewards(inputs: Inputs, hyper: Computed) -> Computed:
+    mask = inputs["mask"].bool()
     scores = process_scores(
         inputs["score"],
         inputs["has_eos"].bool(),
+        mask.sum(-1),
+        mask.shape[1],
         clip=hyper.get("score_clip"),
         missing_eos_penalty=hyper.get("eos_penalty", 0.0),
+        missing_eos_score=None,
+        length_penalty=0.0,
+        overlong_buffer=0,
+        overlong_penalty=1.0,
     )
     kl = k1(inputs["logp"], inputs["ref"])
-    return {"rewards": shape_rewards(scores, kl, inputs["mask"].bool(), kl_coef=hyper["beta"])}
+    return {"rewards": shape_rewards(scores, kl, mask, kl_coef=hyper["beta"])}
 
 
 def advantages(inputs: Inputs, hyper: Computed) -> Computed:
@@ -131,24 +153,23 @@ def advantages(inputs: Inputs, hyper: Computed) -> Computed:
 def whitening(inputs: Inputs, hyper: Computed) -> Computed:
     mask = inputs["mask"].bool()
     found = moments(inputs["x"], mask)
-    y = whiten(inputs["x"], mask, found, unbiased=hyper["unbiased"])
-    if not hyper.get("shift_mean", True):
-        y = select(y + found.mean(), mask)
+    function = whiten if hyper.get("shift_mean", True) else whiten_keeping_mean
+    y = function(inputs["x"], mask, found, unbiased=hyper["unbiased"])
     return {"y": y, "mean": found.mean(), "var": found.variance(unbiased=hyper["unbiased"])}
 
 
 def policy(inputs: Inputs, hyper: Computed) -> Computed:
     mask = inputs["mask"].bool()
-    losses, clipped = ppo_clip(
-        inputs["logp"], inputs["old"], inputs["adv"], mask, clip_low=hyper["eps_low"], clip_high=hyper["eps_high"]
-    )
-    if hyper["agg"] == "token_mean":
-        loss = token_sums(losses, mask) / mask.sum()
-    else:
-        loss = sequence_sums(losses, mask) / len(losses)
+    given = (inputs["logp"], inputs["old"], inputs["adv"], mask)
+    clip = {"clip_low": hyper["eps_low"], "clip_high": hyper["eps_high"]}
+    losses, clipped = ppo_clip(*given, **clip)
+    # the vectors' clipfrac does not count the dual clip
+    if "dual_clip" in hyper:
+        losses, _ = ppo_dual_clip(*given, **clip, dual_clip=hyper["dual_clip"])
+    loss = average(AGGREGATION[hyper["agg"]], losses, mask)
     return {
         "loss": loss,
-        "clipfrac": masked_sum(clipped, mask) / mask.sum(),
+        "clipfrac": masked_mean(clipped, mask),
         "approx_kl_k1": masked_mean(k1(inputs["old"], inputs["logp"]), mask),
         "approx_kl_k2": masked_mean(k2(inputs["old"], inputs["logp"]), mask),
         "grad": gradients(loss, inputs, "logp"),
@@ -158,23 +179,95 @@ def policy(inputs: Inputs, hyper: Computed) -> Computed:
 def critic(inputs: Inputs, hyper: Computed) -> Computed:
     mask = inputs["mask"].bool()
     losses, clipped = ppo_value(inputs["values"], inputs["old_values"], inputs["returns"], mask, **hyper)
-    loss = token_sums(losses, mask) / mask.sum()
+    loss = average("token_mean", losses, mask)
     return {"loss": loss, "clipfrac": masked_mean(clipped, mask), "grad": gradients(loss, inputs, "values")}
 
 
 def group_advantages(inputs: Inputs, hyper: Computed) -> Computed:
-    return {"advantages": grpo(inputs["r"], eps=hyper["eps"])}
+    scale, returns = hyper["scale"], inputs["r"]
+    if scale == "none":
+        return {"advantages": dr_grpo(returns)}
+    return {"advantages": {"group": grpo, "batch": grpo_batch}[scale](returns, eps=hyper["eps"])}
 
 
-def grpo_loss(inputs: Inputs, hyper: Computed) -> Computed:
+def leave_one_out(inputs: Inputs, hyper: Computed) -> Computed:
+    found = rloo(inputs["r"])
+    return {"advantages": found, "baseline": inputs["r"] - found}
+
+
+def greedy_baseline(inputs: Inputs, hyper: Computed) -> Computed:
+    penalties = -hyper["beta"] * k1(inputs["logp"], inputs["ref"])
+    return {"advantages": remax(inputs["r"], inputs["r_greedy"], penalties, inputs["mask"].bool())}
+
+
+def plus_plus(inputs: Inputs, hyper: Computed) -> Computed:
+    assert hyper["unbiased"]
     mask = inputs["mask"].bool()
-    per_token = inputs["adv"].unsqueeze(-1).expand_as(inputs["logp"])
-    losses, _ = ppo_clip(
-        inputs["logp"], inputs["old"], per_token, mask, clip_low=hyper["eps_low"], clip_high=hyper["eps_high"]
-    )
+    rewards = shape_rewards(inputs["score"], k1(inputs["logp"], inputs["ref"]), mask, kl_coef=hyper["beta"])
+    returns, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma=hyper["gamma"], lam=1.0)
+    return {"returns": returns, "advantages": reinforce_pp(rewards, mask, gamma=hyper["gamma"])}
+
+
+def plus_plus_baseline(inputs: Inputs, hyper: Computed) -> Computed:
+    assert hyper["unbiased"]
+    return {"advantages": reinforce_pp_baseline(inputs["r"], inputs["mask"].bool())}
+
+
+def group_loss(inputs: Inputs, hyper: Computed) -> Computed:
+    mask = inputs["mask"].bool()
+    function = {"token": ppo_clip, "sequence": gspo}[hyper["level"]]
+    given = (inputs["logp"], inputs["old"], on_tokens(inputs["adv"], mask), mask)
+    losses, _ = function(*given, clip_low=hyper["eps_low"], clip_high=hyper["eps_high"])
     kl = k3(inputs["logp"], inputs["ref"])
-    loss = (sequence_sums(losses, mask) + hyper["beta"] * sequence_sums(kl, mask)) / len(losses)
+    how, length = AGGREGATION[hyper["agg"]], int(hyper.get("L", 0))
+    loss = average(how, losses, mask, length) + hyper["beta"] * average(how, kl, mask, length)
     return {"loss": loss, "kl": masked_mean(kl, mask), "grad": gradients(loss, inputs, "logp")}
+
+
+def score_function(inputs: Inputs, hyper: Computed) -> Computed:
+    mask = inputs["mask"].bool()
+    losses, _ = reinforce(inputs["logp"], torch.full(mask.shape, torch.nan), on_tokens(inputs["adv"], mask), mask)
+    loss = average("sequence_sum", losses, mask)
+    return {"per_example": row_sums(losses, mask), "loss": loss, "grad": gradients(loss, inputs, "logp")}
+
+
+def sequence_clip(inputs: Inputs, hyper: Computed) -> Computed:
+    mask = inputs["mask"].bool()
+    given = (inputs["logp"], inputs["old"], on_tokens(inputs["adv"], mask), mask)
+    losses, _ = rloo_clip(*given, clip_low=hyper["eps"], clip_high=hyper["eps"])
+    loss = average("sequence_mean", losses, mask)
+    return {"per_example": row_means(losses, mask), "loss": loss, "grad": gradients(loss, inputs, "logp")}
+
+
+def mirror_descent(inputs: Inputs, hyper: Computed) -> Computed:
+    """The vector's log-probs are sums of answers: answers of one token each."""
+    advantages = rloo(inputs["r"] - hyper["beta"] * k1(inputs["old"], inputs["ref"]))
+    logprobs, old, columns = (x.reshape(-1, 1) for x in (inputs["logp"], inputs["old"], advantages.detach()))
+    mask = torch.ones_like(old, dtype=torch.bool)
+    loss, without = (mdloo(logprobs, old, columns, mask, gamma=gamma)[0].mean() for gamma in (hyper["gamma"], 0.0))
+    return {
+        "advantages": advantages,
+        "surrogate": -without,
+        "kl": (loss - without) / hyper["gamma"],
+        "loss": loss,
+        "grad": gradients(loss, inputs, "logp"),
+    }
+
+
+def controller(function: Callable[..., float], *options: str) -> Callable[[Inputs, Computed], Computed]:
+    def compute(inputs: Inputs, hyper: Computed) -> Computed:
+        coef, found = hyper["beta"], []
+        for kl in inputs["kl"].tolist():
+            coef = function(coef, kl, int(hyper.get("n_steps", 0)), **{name: hyper[name] for name in options})
+            found.append(coef)
+        return {"beta": torch.tensor(found, dtype=torch.float64)}
+
+    return compute
+
+
+def overlong(inputs: Inputs, hyper: Computed) -> Computed:
+    limit, buffer = int(hyper["L_max"]), int(hyper["L_cache"])
+    return {"penalty": overlong_punishment(inputs["length"], limit, buffer=buffer, penalty=1.0)}
 
 
 COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
@@ -195,7 +288,20 @@ COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "ppo_policy": policy,
     "ppo_value": critic,
     "grpo_advantage": group_advantages,
-    "grpo": grpo_loss,
+    "grpo": group_loss,
+    "dr_grpo": group_loss,
+    "dapo": group_loss,
+    "gspo": group_loss,
+    "rloo": leave_one_out,
+    "remax": greedy_baseline,
+    "reinforce_pp": plus_plus,
+    "reinforce_pp_baseline": plus_plus_baseline,
+    "reinforce": score_function,
+    "rloo_loss": sequence_clip,
+    "mdloo": mirror_descent,
+    "adaptive_kl": controller(adaptive, "target", "horizon"),
+    "ppo_penalty_beta": controller(ppo_penalty_beta, "target"),
+    "dapo_overlong": overlong,
 }
 
 
