@@ -12,6 +12,7 @@ import pytest
 from rlhf.data.formats import detect
 from rlhf.data.sources import DEMO_NAMES
 from rlhf.recipe.fields import option_at, tags
+from rlhf.recipe.guard_options import metric_of_alarms
 from rlhf.recipe.schema import SourceBlock
 from rlhf.recipe.stages import GRPORecipe
 from scripts.make_docs import pages
@@ -47,12 +48,13 @@ def written_names() -> set[str]:
             found |= {f"eval/{name}" for name in names}
     rewards = option_at(GRPORecipe, ["rewards"], {})
     assert rewards is not None and rewards.shape.item is not None
-    return found | {f"reward/{kind}" for kind in tags(rewards.shape.item)}
+    found |= {f"{group}/{kind}" for group in ("reward", "test") for kind in tags(rewards.shape.item)}
+    return found | {f"alarm/{name}" for name in metric_of_alarms()}
 
 
 def full_names() -> set[str]:
     """Names written out, group and all."""
-    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|speed)/[a-z_0-9]+")
+    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|speed|test)/[a-z_0-9]+")
     nodes = [node for path in TRAIN.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {text for text in texts if pattern.fullmatch(text)}

@@ -1,14 +1,26 @@
-"""Invariants that every run checks. They cost nothing and catch what trains wrong in silence."""
+"""Invariants that every run checks, most of them on every fresh rollout before its first update.
+
+They cost nothing and catch what trains wrong in silence. What a run may pass through is an alarm (`alarms.py`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import fields
 
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
+
+from rlhf.batch import Rows
 from rlhf.errors import NumericsError
 
 # Largest mean difference, in nats per token, between two passes of the same weights over the same tokens.
 _SAME_WEIGHTS = {"fp32": 1e-3, "bf16": 0.1}
+# The same between the sampler, which reads a token at a time from its cache, and the trainer, which reads whole rows.
+_SAME_SAMPLER = {"fp32": 1e-3, "bf16": 0.05}
+_MOST_NAMED = 2
 
 
 def check_same_weights(found: float, dtype: str, what: str) -> None:
@@ -23,6 +35,103 @@ def check_same_weights(found: float, dtype: str, what: str) -> None:
             fix="The policy that samples or the reference is not the policy that is trained: check dropout, dtype and"
             " the models named in the recipe.",
         )
+
+
+def check_sampler(gap: float, dtype: str, step: int) -> None:
+    """Refuse a rollout that another distribution was sampled from than the one that is trained.
+
+    gap: `rollout/sampler_gap`, mean |old - sample| log-probability over the rollout's tokens, nats per token.
+    """
+    allowed = _SAME_SAMPLER[dtype]
+    if not math.isfinite(gap) or gap > allowed:
+        raise NumericsError(
+            f"expected sampler and trainer to agree within {allowed:g} nats per token, found {gap:.3g}",
+            where=f"rollout {step + 1}",
+            fix="Either the sampler holds other weights than the trainer (not copied after the last update, or merged"
+            " in another precision), or sampling.temperature, top_p or top_k applies on one side only.",
+        )
+
+
+def active_dropout(module: nn.Module) -> list[str]:
+    """What drops at random in a forward pass of `module` as it stands now, by name; empty where nothing does.
+
+    Looks at submodules in training mode: dropout layers (those of LoRA too), rates that a layer keeps as a number
+    (attention), and rates in a configuration that a layer may read while it runs. A rate of 0 drops nothing.
+    """
+    found: list[str] = []
+    configs: set[int] = set()
+    for name, part in module.named_modules():
+        if not part.training:
+            continue
+        where = name or type(part).__name__
+        if isinstance(part, _DropoutNd) and part.p > 0:
+            found.append(f"{where} ({part.p:g})")
+        found += [f"{where}.{rate}" for rate in _rates(part)]
+        config = vars(part)["config"] if "config" in vars(part) else None
+        if id(config) not in configs:  # layers share one
+            configs.add(id(config))
+            found += [f"{where}.config.{rate}" for rate in _rates(config)]
+    return found
+
+
+def _rates(owner: object) -> list[str]:
+    values = vars(owner) if hasattr(owner, "__dict__") else {}
+    return [f"{name} ({v:g})" for name, v in values.items() if "drop" in name and isinstance(v, float) and v > 0]
+
+
+def check_no_dropout(module: nn.Module, what: str) -> None:
+    """Refuse to train with dropout where two passes over the same tokens must agree: everywhere but in SFT.
+
+    what: the sentence's subject, e.g. "policy".
+    """
+    if found := active_dropout(module):
+        more = f" and {len(found) - _MOST_NAMED} more" if len(found) > _MOST_NAMED else ""
+        raise NumericsError(
+            f"expected no dropout, found {', '.join(found[:_MOST_NAMED])}{more}",
+            where=what,
+            fix="Leave model.dropout and model.lora.dropout at 0; if they are, the model brings a dropout of its own.",
+        )
+
+
+def check_ids(ids: Tensor, vocabulary: int, step: int) -> None:
+    """Refuse token ids that no row of the embedding stands for. ids: (B, T)."""
+    outside = (ids < 0) | (ids >= vocabulary)
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        raise NumericsError(
+            f"expected token ids from 0 to {vocabulary - 1}, found {int(outside.sum())} outside, the first"
+            f" {int(ids[row, column])} in row {row}, column {column}",
+            where=f"rollout {step + 1}",
+            fix="Tokenizer and model do not belong together: check model.tokenizer and the models named in the recipe.",
+        )
+
+
+def check_finite(experience: Rows, step: int) -> None:
+    """Refuse a rollout with a number that is not finite where it counts.
+
+    experience: an `Experience`, or the scored rollout before it: any record with a `response_mask`, (B, R). Looks at
+    every field of floats of shape (B, R), under the mask, and (B,), in rows with a token under the mask: an unscored
+    answer has none, its score may be NaN. Padding may hold anything.
+    """
+    mask: Tensor = experience.response_mask  # type: ignore[attr-defined]
+    for name in (field.name for field in fields(experience)):  # type: ignore[arg-type]
+        values = getattr(experience, name)
+        if not torch.is_tensor(values) or not values.is_floating_point():
+            continue
+        counted = mask if values.shape == mask.shape else mask.any(-1) if values.shape == mask.shape[:1] else None
+        if counted is None:
+            continue
+        bad = counted & ~values.isfinite()
+        if bad.any():
+            first = bad.nonzero()[0].tolist()
+            token = f", token {first[1]}" if len(first) > 1 else ""
+            raise NumericsError(
+                f"expected finite {name}, found {int(bad.sum())} of {int(counted.sum())} that are not, the first"
+                f" {float(values[tuple(first)])} in row {first[0]}{token}",
+                where=f"rollout {step + 1}",
+                fix="Log-probabilities and values come from the models (a learning rate too high, bf16), scores from"
+                " the rewards; advantages and returns inherit it from them. The weights are as after the last step.",
+            )
 
 
 def check_scored(scored: int, answers: int, step: int) -> None:

@@ -121,10 +121,19 @@ def test_a_non_finite_loss_is_refused_before_its_backward(forked, stage, bad):
     forked(body)
 
 
+def with_nan_gradient(outputs: Tensor) -> Tensor:
+    return outputs.mul(0.0).pow(2).sum().sqrt()  # 0, and its gradient is 0 / 0
+
+
+def with_infinite_gradient(outputs: Tensor) -> Tensor:
+    return (outputs - outputs.detach())[0, 0] * 1e30 * 1e30  # 0, and its gradient overflows
+
+
+@pytest.mark.parametrize("bad", [with_nan_gradient, with_infinite_gradient])
 @pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_non_finite_gradient_is_refused_before_the_step(forked, stage, dtype, max_grad_norm):
+def test_a_non_finite_gradient_is_refused_before_the_step(forked, stage, dtype, max_grad_norm, bad):
     if dtype == "bf16" and stage == 0:
         pytest.skip("bf16 needs the sharded optimizer")
 
@@ -133,8 +142,7 @@ def test_a_non_finite_gradient_is_refused_before_the_step(forked, stage, dtype, 
         engine = engine_of(stage, module, max_grad_norm=max_grad_norm, bf16=dtype == "bf16")
         before = engine.state_dict()
         inputs = rows().to(module[0].weight.dtype)
-        root = engine(inputs).mul(0.0).pow(2).sum().sqrt()  # finite, but its gradient is 0 / 0
-        engine.backward(Loss({"root": (root, "rows", 1.0)}), {"rows": 4.0})
+        engine.backward(Loss({"bad": (bad(engine(inputs)), "rows", 1.0)}), {"rows": 4.0})
         with pytest.raises(NumericsError, match="the gradient norm is (nan|inf)"):
             engine.step(0.1)
         for name, value in engine.state_dict().items():
