@@ -24,6 +24,8 @@ def describe(
         metrics |= of_critic(experience)
     for name, values in zip(part_names, answers.parts.unbind(1), strict=True):
         metrics[name] = values[~values.isnan()].mean()
+        if name == "test/score_mean":
+            metrics["test/score_std"] = values[~values.isnan()].std()
     return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
 
 

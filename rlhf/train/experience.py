@@ -13,7 +13,7 @@ from torch import Tensor
 from rlhf.algo import rewards as reward_math
 from rlhf.algo.advantages import ADVANTAGES
 from rlhf.algo.kl import KL_ESTIMATORS
-from rlhf.algo.masked import moments, row_sums, select, whiten, whiten_scale
+from rlhf.algo.masked import Moments, moments, row_sums, select, whiten, whiten_keeping_mean
 from rlhf.batch import Experience, Rows
 from rlhf.recipe.policy_options import Estimator
 from rlhf.recipe.stages import OnlineRecipe
@@ -64,7 +64,7 @@ def to_experience(
     coef = state.kl_coef if recipe.kl.placement == "reward" else 0.0
     rewards = reward_math.shape_rewards(scores, kl, mask, kl_coef=coef)
     if recipe.whiten_rewards:
-        rewards = whiten_scale(rewards, mask, moments(rewards, mask), unbiased=True)
+        rewards = whiten_keeping_mean(rewards, mask, moments(rewards, mask), unbiased=True)
     penalties = -coef * select(kl, mask)
     groups = (-1, recipe.train.answers)  # the answers of a prompt are neighbours
     signals = {
@@ -112,7 +112,7 @@ def estimate(block: Estimator, signals: dict[str, Tensor], state: OnlineState) -
     return result.reshape(len(signals["mask"]), -1), None
 
 
-def normalised(answers: Answers, running: object) -> Answers:
+def normalised(answers: Answers, running: Moments) -> Answers:
     """The answers with scores less the running mean, over the running deviation."""
     values = {name: getattr(answers, name) for name in Answers.__dataclass_fields__}
     return Answers(**{**values, "scores": reward_math.normalise_running(answers.scores, running)})

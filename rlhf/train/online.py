@@ -7,6 +7,7 @@ whitening and minibatches are the same whatever the number of ranks.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from rlhf.algo.kl import KL_CONTROLLERS, ppo_penalty_beta
+from rlhf.algo.controllers import KL_CONTROLLERS, ppo_penalty_beta
 from rlhf.batch import Experience, Rollout, Tokens
 from rlhf.data import order
 from rlhf.data.examples import PromptExample
@@ -26,12 +27,20 @@ from rlhf.recipe.policy_options import PpoPenaltyLoss
 from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.rewards.scorer import Scorer
-from rlhf.train.alarms import Alarms
+from rlhf.train.alarms import stop_error
 from rlhf.train.describe import describe
 from rlhf.train.experience import Answers, Seen, to_experience
-from rlhf.train.guards import check_finite, check_same_distribution, check_same_weights, check_scored
+from rlhf.train.guards import (
+    check_finite,
+    check_ids,
+    check_no_dropout,
+    check_same_weights,
+    check_sampler,
+    check_scored,
+)
 from rlhf.train.loop import Collected
 from rlhf.train.objectives import bind, padding_columns
+from rlhf.train.overoptimisation import Scale
 from rlhf.train.roles import Reference
 from rlhf.train.rollout import Sampler, generate, join_rollouts
 from rlhf.train.seeding import derive, permutation
@@ -39,6 +48,7 @@ from rlhf.train.state import OnlineState
 from rlhf.train.supervised import Dataset
 
 T = TypeVar("T")
+logger = logging.getLogger("rlhf.train")
 
 
 @dataclass(frozen=True)
@@ -55,7 +65,6 @@ class OnlineCollector:
     critic: Engine | None
     pretraining: Dataset | None
     state: OnlineState
-    alarms: Alarms
     starts_at_reference: bool
 
     def collect(self, step: int) -> Collected:
@@ -68,18 +77,32 @@ class OnlineCollector:
         with torch.no_grad():
             seen = self.look_back(answers)
             experience = to_experience(answers, seen, self.recipe, self.state, greedy)
-        check_finite(experience, step)
-        metrics = describe(answers, seen, experience, self.recipe, self.part_names())
-        metrics |= refills
+        self.check(answers, experience, step)
+        metrics = describe(answers, seen, experience, self.recipe, self.part_names()) | refills
+        metrics |= self.gap(metrics)
         metrics["speed/rollout_seconds"] = sampled
         metrics["speed/rollout_tokens_per_second"] = float(answers.response_mask.sum()) / sampled
         if greedy is not None:
             metrics["rollout/greedy_score"] = float(greedy.scores.nanmean())
         dtype = self.recipe.model.dtype
-        check_same_distribution(metrics["rollout/sampler_gap"], dtype, f"fresh samples of step {step + 1}")
+        check_sampler(metrics["rollout/sampler_gap"], dtype, step)
         if step == 0 and self.starts_at_reference:
             check_same_weights(metrics["rollout/ref_gap"], dtype, "policy and reference at the start")
         return Collected(self.minibatches(step, experience), metrics, int(answers.attention.sum()))
+
+    def check(self, answers: Answers, experience: Experience, step: int) -> None:
+        """What a fresh rollout must be before anything is learned from it."""
+        check_ids(answers.ids, self.actor.module.core.config.get_text_config().vocab_size, step)
+        check_finite(experience, step)
+        check_no_dropout(self.actor.module, "policy")
+
+    def gap(self, metrics: dict[str, float]) -> dict[str, float]:
+        """How much more the train score has gained than the test score, where there is one."""
+        names = [f"{group}/score_{what}" for group in ("reward", "test") for what in ("mean", "std")]
+        if not set(names) <= metrics.keys():
+            return {}
+        numbers = [metrics[name] for name in names]
+        return self.state.gap.look(Scale(*numbers[:2]), Scale(*numbers[2:]))
 
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         """Before the first update on fresh samples the probability ratio is 1."""
@@ -97,10 +120,16 @@ class OnlineCollector:
             further["policy/penalty_beta"] = state.penalty_beta
             moved = metrics["policy/kl_moved"]
             state.penalty_beta = ppo_penalty_beta(state.penalty_beta, moved, episodes, target=loss.target)
-        alarms = self.alarms.look(step, metrics)
-        state.alarms = self.alarms.state()
-        further |= {f"alarm/{alarm.name}": 1.0 for alarm in alarms}
-        return further, self.alarms.reason_to_stop(alarms)
+        return further, self.watch(step, metrics, further)
+
+    def watch(self, step: int, metrics: dict[str, float], further: dict[str, float]) -> UserError | None:
+        """Let the alarms look at a step; they are said here, marked in `further`, and may end the run."""
+        alarms = self.state.alarms
+        raised = alarms.look(metrics)
+        further |= alarms.marks()
+        for alarm in raised if dist.is_main() else ():
+            logger.warning("%s", alarm.text)
+        return stop_error(raised, step + 1) if any(alarm.stops for alarm in raised) else None
 
     # --- sampling ---
 

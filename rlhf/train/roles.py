@@ -102,6 +102,11 @@ def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
     return Scorer(parts, weights)
 
 
+def test_scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer | None:
+    """The rewards that nothing is learned from."""
+    return None
+
+
 def _source(job: Job) -> str | InitBlock:
     block = job.recipe.model
     return block.init if block.init is not None else job.source("model", block)

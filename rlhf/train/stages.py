@@ -18,7 +18,6 @@ from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train import roles
-from rlhf.train.alarms import Alarms
 from rlhf.train.checkpoints import Running
 from rlhf.train.guards import check_same_weights
 from rlhf.train.job import Job
@@ -186,7 +185,6 @@ def _online(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded, actor: E
         critic,
         mixed,
         state,
-        Alarms(recipe.guards),
         roles.is_same_start(job),
     )
     objectives: list[Objective] = [PolicyObjective.from_recipe(actor, recipe, state)]

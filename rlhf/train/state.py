@@ -9,6 +9,8 @@ from typing import Any
 from rlhf.algo.masked import Moments
 from rlhf.recipe.policy_options import PpoPenaltyLoss
 from rlhf.recipe.stages import OnlineRecipe
+from rlhf.train.alarms import Alarms
+from rlhf.train.overoptimisation import Gap
 
 _NOTHING = {"count": 0.0, "total": 0.0, "squares": 0.0}
 
@@ -18,17 +20,17 @@ class OnlineState:
     """Coefficients that controllers move, and running statistics. The same on every rank."""
 
     kl_coef: float
-    penalty_beta: float | None = None  # of the penalty form of PPO
+    penalty_beta: float | None  # of the penalty form of PPO
+    alarms: Alarms
+    gap: Gap = field(default_factory=Gap)
     baseline: float = math.nan  # running mean of returns; NaN: none yet
     scores: dict[str, float] = field(default_factory=_NOTHING.copy)  # moments of all training scores so far
-    alarms: dict[str, float] = field(default_factory=dict)
-    first: dict[str, float] = field(default_factory=dict)  # means and deviations of the first rollout's scores
 
     @classmethod
     def at_start(cls, recipe: OnlineRecipe) -> OnlineState:
         """The state before the first step."""
         loss = recipe.policy_loss
-        return cls(recipe.kl.coef, loss.beta if isinstance(loss, PpoPenaltyLoss) else None)
+        return cls(recipe.kl.coef, loss.beta if isinstance(loss, PpoPenaltyLoss) else None, Alarms(recipe.guards))
 
     def add_scores(self, moments: Moments) -> Moments:
         """Count a rollout's scores in. Returns the moments of all scores so far."""
@@ -39,11 +41,18 @@ class OnlineState:
     def as_json(self) -> dict[str, Any]:
         """Plain numbers; NaN as null."""
         return {
-            name: None if isinstance(value, float) and math.isnan(value) else value
-            for name, value in vars(self).items()
+            "kl_coef": self.kl_coef,
+            "penalty_beta": self.penalty_beta,
+            "baseline": None if math.isnan(self.baseline) else self.baseline,
+            "scores": self.scores,
+            "alarms": self.alarms.state(),
+            "gap": self.gap.state(),
         }
 
     def restore(self, saved: dict[str, Any]) -> None:
         """Take over what `as_json` gave."""
-        for name in vars(self):
-            setattr(self, name, math.nan if saved[name] is None and name == "baseline" else saved[name])
+        self.kl_coef, self.penalty_beta = saved["kl_coef"], saved["penalty_beta"]
+        self.baseline = math.nan if saved["baseline"] is None else saved["baseline"]
+        self.scores = dict(saved["scores"])
+        self.alarms.load(saved["alarms"])
+        self.gap.load(saved["gap"])
