@@ -63,11 +63,11 @@ class OnlineCollector:
         rollout = self.sample(step)
         sampled = time.monotonic() - started
         with torch.no_grad():
-            scores, parts = self.scorer(rollout)
-            scored = self.gather(self.look_back(rollout, scores))
+            scores = self.scorer(rollout)
+            scored = self.gather(self.look_back(rollout, scores.total))
             check_scored(int(scored.response_mask.any(-1).sum()), len(scored), step)
             experience = self.to_experience(scored, self.recipe)
-        metrics = self.describe(scored, experience, parts)
+        metrics = self.describe(scored, experience, scores.parts)
         tokens = int(scored.attention.sum())
         metrics["speed/rollout_seconds"] = sampled
         metrics["speed/rollout_tokens_per_second"] = float(scored.response_mask.sum()) / sampled

@@ -11,12 +11,13 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine.engine import Engine
+from rlhf.models.statistics import ScoreStatistics
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.explain import offline_steps
 from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
-from rlhf.train import roles
+from rlhf.train import roles, scorers
 from rlhf.train.advantages import grpo_experience, ppo_experience
 from rlhf.train.guards import check_same_weights
 from rlhf.train.job import Job
@@ -33,6 +34,7 @@ from rlhf.train.online import OnlineCollector, Sampler
 from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
 from rlhf.train.samples import SampleWriter, shown_prompts
+from rlhf.train.statistics import score_statistics
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 
@@ -52,6 +54,7 @@ class Parts:
     sampling: SamplingBlock | None = None
     scorer: Scorer | None = None
     stop_ids: list[int] = field(default_factory=list)
+    statistics: Callable[[], ScoreStatistics] | None = None  # of a reward model's scores, once it is trained
 
 
 def assemble(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
@@ -94,6 +97,7 @@ def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
         published={"model": (engine, "reward")},
         held_out=held_out,
+        statistics=lambda: score_statistics(engine, train, held_out, recipe.train.micro_batch, recipe.train.seed),
     )
 
 
@@ -180,7 +184,7 @@ def _online(
 ) -> Parts:
     recipe = job.recipe
     assert isinstance(recipe, (PPORecipe, GRPORecipe))
-    scorer = roles.scorer(job, tokenizer)
+    scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards")
     collector = OnlineCollector(
         recipe,
         data.train,

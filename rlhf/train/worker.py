@@ -20,6 +20,7 @@ from rlhf.data.examples import load_examples
 from rlhf.engine import dist
 from rlhf.errors import ResourceError, StoppedError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
+from rlhf.models.statistics import set_statistics
 from rlhf.run.opened import Opened
 from rlhf.train import stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
@@ -61,7 +62,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
     data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
-    check_rewards(job, data.train)
+    check_rewards(job, tokenizer, data.train)
     check_samples(job, tokenizer, data)
     for line in data.report.lines():
         logger.info(line)
@@ -101,6 +102,9 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
 
 def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the trained models as Hugging Face folders; the manifest comes last."""
+    statistics = parts.statistics() if parts.statistics is not None else None
+    if statistics is not None:
+        set_statistics(parts.published["model"][0].module.core.config, statistics)
     for part, (engine, kind) in parts.published.items():
         state = engine.state_dict()
         if state is not None:
@@ -120,6 +124,7 @@ def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -
             "head": None if kind == "policy" else "score",
             "dtype": job.recipe.model.dtype,
             "lora": job.recipe.model.lora is not None,
+            **(statistics.facts() if statistics is not None else {}),
         }
         job.folder.publish(kind, facts, parts.steps)
     dist.barrier()
