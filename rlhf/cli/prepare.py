@@ -9,11 +9,12 @@ from pathlib import Path
 from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
-from rlhf.recipe.reward_options import FunctionReward
-from rlhf.recipe.stages import OnlineRecipe, Recipe
+from rlhf.recipe.reward_options import FunctionReward, ProcessReward
+from rlhf.recipe.reward_rules import named_rewards
+from rlhf.recipe.stages import Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
-from rlhf.train.job import Job, data_kinds, local_path, model_refs
+from rlhf.train.job import Job, data_kinds, local_path, model_refs, same_tokens_fix
 
 
 def prepare(
@@ -65,16 +66,14 @@ def check_extras(loaded: LoadedRecipe) -> None:
 
 def check_code(loaded: LoadedRecipe, allowed: list[Path]) -> frozenset[Path]:
     """The reward files that the recipe names; each must have been named on the command line too."""
-    recipe = loaded.recipe
-    rewards = recipe.rewards if isinstance(recipe, OnlineRecipe) else []
     named = set()
-    for i, reward in enumerate(rewards):
-        if isinstance(reward, FunctionReward):
+    for key, reward in named_rewards(loaded.recipe):
+        if isinstance(reward, (FunctionReward, ProcessReward)):
             file = Path(reward.function.rpartition(":")[0]).resolve()
             if file not in {path.resolve() for path in allowed}:
                 raise UnsafeError(
                     f"expected {file.name} to be allowed on the command line, since its code will run",
-                    where=loaded.place(f"rewards.{i}.function"),
+                    where=loaded.place(f"{key}.function"),
                     fix=f"If you trust it, add: --allow-code {os.path.relpath(file)}",
                 )
             named.add(file)
@@ -82,17 +81,21 @@ def check_code(loaded: LoadedRecipe, allowed: list[Path]) -> frozenset[Path]:
 
 
 def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:
-    """All models of a stage must read the same tokens: rollouts are scored as sampled, not re-rendered."""
+    """Critic and reference must read the policy's tokens, each of which they say something about.
+
+    A reward model says one thing about an answer, which is rendered again where it reads otherwise.
+    """
     policy = parents.get("model")
     if policy is None:
         return
-    for key, parent in parents.items():
+    for key in [key for key in ("reference", "critic") if key in parents]:
+        parent = parents[key]
         for fact, what in (("tokenizer_hash", "tokenizer"), ("template_hash", "chat template")):
             if parent.manifest["facts"][fact] != policy.manifest["facts"][fact]:
                 raise CheckpointError(
                     f"expected the {what} of {policy.path}, found another one in {parent.path}",
                     where=loaded.place(f"{key}.from"),
-                    fix="Train both from the same SFT stage: model: {from: sft} in the recipe of each.",
+                    fix=same_tokens_fix(key, loaded.recipe.model),
                 )
 
 

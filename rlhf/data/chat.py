@@ -119,6 +119,17 @@ class ChatTemplate:
         regions.append(Region((*answer.pieces, (answer.end, False)), trained=True))
         return Conversation(tuple(regions), where)
 
+    def answered(self, messages: Sequence[Message], answer: str, where: str, *, finished: bool) -> Conversation:
+        """A prompt and a sampled answer to it, as text: what a model with this template reads of another's rollout.
+
+        An answer that ended by itself gets the template's end token, one that was cut off does not.
+        """
+        row = self.conversation([*messages, message("assistant", answer)], len(messages), where)
+        if finished:
+            return row
+        last = replace(row.regions[-1], pieces=row.regions[-1].pieces[:-1])
+        return replace(row, regions=(*row.regions[:-1], *([last] if last.pieces else [])))
+
     def encode(self, rows: Sequence[Conversation]) -> list[tuple[Ids, Mask]]:
         """Token ids and trained-token mask of every row."""
         return self._encoder.encode(rows)

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from rlhf.errors import CheckpointError, RecipeError
 from rlhf.models.folder import is_adapter, read_adapter
 from rlhf.models.load import DTYPES, attention_checked, load_weights, merge_adapter, read_config
+from rlhf.models.statistics import set_statistics
 from rlhf.models.tokenizer import end_ids
 from rlhf.recipe.schema import InitBlock, LoraBlock, ModelBlock
 
@@ -108,6 +109,8 @@ def build_scorer(
         if head == "new" or isinstance(source, InitBlock):
             draw_head(model, setup.seed)
         fit_tokenizer(model, tokenizer)
+        if setup.trained:
+            set_statistics(model.config, None)  # of the scores before training
         return finish(model, setup, "SEQ_CLS")
 
 

@@ -6,7 +6,6 @@ A rule yields `Problem(key, expected ..., found ...; what to do; further keys it
 from __future__ import annotations
 
 import os
-import re
 import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,7 +13,8 @@ from typing import Any
 
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.problems import Problem, closest
-from rlhf.recipe.reward_options import FormatReward, FunctionReward, ModelReward
+from rlhf.recipe.reward_options import FunctionReward, ModelReward, ProcessReward
+from rlhf.recipe.reward_rules import named_rewards, reward_options
 from rlhf.recipe.schema import DataBlock, ModelRef, SourceBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
 
@@ -100,10 +100,9 @@ def _roles(recipe: Recipe) -> Iterator[tuple[str, ModelRef, bool]]:
         yield "reference", recipe.reference, True
     if isinstance(recipe, PPORecipe):
         yield "critic", recipe.critic, False
-    if isinstance(recipe, OnlineRecipe):
-        for i, reward in enumerate(recipe.rewards):
-            if isinstance(reward, ModelReward):
-                yield f"rewards.{i}", reward, False
+    for key, reward in named_rewards(recipe):
+        if isinstance(reward, ModelReward):
+            yield key, reward, False
 
 
 def chat_template(recipe: Recipe) -> Problems:
@@ -147,10 +146,9 @@ def zero_of_roles(recipe: Recipe) -> Problems:
         yield from trained_zero("critic.zero", recipe.critic.zero, recipe.model.dtype)
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
         yield from frozen_zero("reference.zero", recipe.reference.zero)
-    if isinstance(recipe, OnlineRecipe):
-        for i, reward in enumerate(recipe.rewards):
-            if isinstance(reward, ModelReward):
-                yield from frozen_zero(f"rewards.{i}.zero", reward.zero)
+    for key, reward in named_rewards(recipe):
+        if isinstance(reward, ModelReward):
+            yield from frozen_zero(f"{key}.zero", reward.zero)
 
 
 def trained_zero(key: str, zero: ZeroBlock, dtype: str) -> Problems:
@@ -270,7 +268,7 @@ def eval_data(recipe: OfflineRecipe) -> Problems:
         yield Problem("eval.every", what, fix, ("data.eval_rows", "data.eval"))
 
 
-# --- sampling and rewards ------------------------------------------------------------------------------------------
+# --- sampling -----------------------------------------------------------------------------------------------------
 
 
 def stop_texts(recipe: SFTRecipe | PreferenceRecipe | OnlineRecipe) -> Problems:
@@ -278,22 +276,6 @@ def stop_texts(recipe: SFTRecipe | PreferenceRecipe | OnlineRecipe) -> Problems:
     for i, text in enumerate(recipe.sampling.stop):
         if not text:
             yield Problem(f"sampling.stop.{i}", "expected a token, found empty text", "remove it")
-
-
-def reward_options(recipe: OnlineRecipe) -> Problems:
-    """Patterns compile and functions are named as file.py:name."""
-    for i, reward in enumerate(recipe.rewards):
-        if isinstance(reward, FormatReward):
-            try:
-                re.compile(reward.pattern)
-            except (re.error, OverflowError, RecursionError) as error:
-                what = f"expected a regular expression, found {reward.pattern!r} ({error})"
-                yield Problem(f"rewards.{i}.pattern", what, "in YAML, write patterns in single quotes")
-        if isinstance(reward, FunctionReward):
-            file, _, name = reward.function.rpartition(":")
-            if not (file.endswith(".py") and name.isidentifier()):
-                what = f"expected file.py:name, found {reward.function!r}"
-                yield Problem(f"rewards.{i}.function", what, "for example my_rewards.py:score")
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -396,9 +378,9 @@ def missing_files(recipe: Recipe) -> list[Problem]:
     named = []
     if recipe.model.chat_template and recipe.model.chat_template.endswith(".jinja"):
         named.append(("model.chat_template", recipe.model.chat_template))
-    if isinstance(recipe, OnlineRecipe):
-        functions = [(i, r.function) for i, r in enumerate(recipe.rewards) if isinstance(r, FunctionReward)]
-        named += [(f"rewards.{i}.function", text.rpartition(":")[0]) for i, text in functions]
+    for key, reward in named_rewards(recipe):
+        if isinstance(reward, (FunctionReward, ProcessReward)):
+            named.append((f"{key}.function", reward.function.rpartition(":")[0]))
     return [_missing(key, file) for key, file in named if not Path(file).is_file()]
 
 

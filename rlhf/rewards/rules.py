@@ -6,22 +6,14 @@ evaluates them, and every pattern of ours is matched against a bounded piece of 
 
 from __future__ import annotations
 
-import hashlib
-import importlib.util
-import inspect
 import math
-import numbers
 import re
-import sys
-import traceback
-from collections.abc import Callable
-from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from typing import Any
 
-from rlhf.errors import DataError, RecipeError, UserError
-from rlhf.rewards.base import RULES, Row, Scores
+from rlhf.errors import DataError, RecipeError
+from rlhf.rewards.base import RULES, Column, Row
+from rlhf.rewards.user_code import call, checked_scores
 
 # A number as people and models write it: -1,234.5, $18, 3/4, 0.5 %, 1e6, **72**, "18." at the end of a sentence. ASCII
 # digits only. It ends at white space or at closing punctuation, else it is part of something else: 10**10, 3pm, 1,23.
@@ -45,21 +37,21 @@ _FORMAT_WINDOW = 8192  # characters at the end of an answer that a pattern may s
 
 
 @RULES.register("exact", paper="arXiv:1606.05250 sec. 6.1")
-def exact(rows: list[Row], answers: list[str], *, answer: str) -> Scores:
+def exact(rows: list[Row], answers: list[str], *, answer: str) -> Column:
     """1 if the answer equals column `answer` of its row, else 0; white space and letter case do not count."""
     references = [_normal(str(_field(row, answer, i))) for i, row in enumerate(rows)]
     return [float(_normal(text) == reference) for text, reference in zip(answers, references, strict=True)]
 
 
 @RULES.register("numeric", paper="arXiv:2110.14168 (final answer after ####)")
-def numeric(rows: list[Row], answers: list[str], *, answer: str, marker: str, tolerance: float) -> Scores:
+def numeric(rows: list[Row], answers: list[str], *, answer: str, marker: str, tolerance: float) -> Column:
     """1 if the number after the answer's last `marker` equals that of column `answer`, else 0.
 
     An answer without marker or number is wrong, by this rule. A reference may do without the marker (a bare `72`), but
     one without a number is an error in the data. tolerance: largest relative difference that counts as equal.
     """
     targets = [_reference_number(row, answer, marker, i) for i, row in enumerate(rows)]
-    scores: Scores = []
+    scores: Column = []
     for text, target in zip(answers, targets, strict=True):
         _, found_marker, tail = text.rpartition(marker) if marker else ("", "start", text)
         value = parse_number(tail) if found_marker else None
@@ -68,7 +60,7 @@ def numeric(rows: list[Row], answers: list[str], *, answer: str, marker: str, to
 
 
 @RULES.register("format", paper="arXiv:2501.12948 sec. 2.2.2 (format rewards)")
-def format_found(rows: list[Row], answers: list[str], *, pattern: str) -> Scores:
+def format_found(rows: list[Row], answers: list[str], *, pattern: str) -> Column:
     """1 if the regular expression is found in the answer, else 0.
 
     A match must start in the last 8,192 characters, which bounds the time of a pattern that is quadratic in the text;
@@ -80,33 +72,20 @@ def format_found(rows: list[Row], answers: list[str], *, pattern: str) -> Scores
 
 
 @RULES.register("length", paper="arXiv:2503.04697 eq. 1 (distance to a target length)")
-def length(rows: list[Row], answers: list[str], *, target: int, scale: int) -> Scores:
+def length(rows: list[Row], answers: list[str], *, target: int, scale: int) -> Column:
     """max(0, 1 - |words - target| / scale), words being separated by white space."""
     return [max(0.0, 1 - abs(len(text.split()) - target) / scale) for text in answers]
 
 
 @RULES.register("function", paper="the user's own")
-def user_function(rows: list[Row], answers: list[str], *, function: str) -> Scores:
+def user_function(rows: list[Row], answers: list[str], *, function: str, timeout: float) -> Column:
     """What the user's `file.py:name` says: called as name(rows, answers), returns a list of finite floats or None.
 
-    Runs the file's code, once per process; whoever calls this has asked for permission. The function gets copies.
+    Runs the file's code, once per process; whoever calls this has asked for permission. The function gets copies. A
+    call of more than `timeout` seconds ends the run.
     """
-    try:
-        result = _loaded(function)([dict(row) for row in rows], list(answers))
-    except UserError:
-        raise
-    except (Exception, SystemExit) as error:
-        raise RecipeError(
-            f"the reward function raised {_what_happened(error, Path(function.rpartition(':')[0]))}",
-            where=function,
-            fix="it must return one score per answer; None leaves an answer unscored",
-        ) from error
-    return _validated(result, len(answers), function)
-
-
-def load_function(function: str) -> None:
-    """Run the user's file and find `file.py:name` in it, so that its mistakes come up before any model is loaded."""
-    _loaded(function)
+    result = call(function, timeout, [dict(row) for row in rows], list(answers))
+    return checked_scores(result, len(answers), function)
 
 
 def parse_number(text: str) -> float | None:
@@ -166,75 +145,3 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         raise RecipeError(
             f"expected a regular expression, found {pattern!r}: {error}", where="rewards: format: pattern"
         ) from None
-
-
-@cache
-def _loaded(spec: str) -> Callable[[list[Row], list[str]], Any]:
-    """The function named by `file.py:name`, from exactly that file: nothing is looked up on the import path."""
-    file, _, name = spec.rpartition(":")
-    path = Path(file)
-    if path.suffix != ".py" or not name.isidentifier():
-        raise RecipeError(f"expected file.py:name, found {spec!r}", where="rewards: function")
-    if not path.is_file():
-        raise RecipeError(f"expected a Python file, found none at {path.resolve()}", where=f"rewards: function: {spec}")
-    # Registered under a name of its own before it runs, as dataclasses and pickling in the file expect.
-    module_name = "rlhf_reward_" + hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:16]
-    module_spec = importlib.util.spec_from_file_location(module_name, path)
-    assert module_spec is not None and module_spec.loader is not None, path
-    module = importlib.util.module_from_spec(module_spec)
-    sys.modules[module_name] = module
-    try:
-        module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[module_name]
-        raise RecipeError(f"the file could not be loaded: {_what_happened(error, path)}", where=str(path)) from error
-    if not callable(vars(module).get(name)):
-        found = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
-        raise RecipeError(f"expected a function {name!r}, found {found or 'no function'}", where=str(path))
-    loaded: Callable[[list[Row], list[str]], Any] = vars(module)[name]
-    with suppress(ValueError):  # a callable written in C may not tell its arguments
-        arguments = inspect.signature(loaded)
-        try:
-            arguments.bind([], [])
-        except TypeError:
-            what = f"expected a function of (rows, answers), found {name}{arguments}"
-            raise RecipeError(what, where=str(path)) from None
-    return loaded
-
-
-def _what_happened(error: BaseException, path: Path) -> str:
-    """Type and message of an exception, and the line of the user's file that it came from or through."""
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if Path(frame.filename).resolve() == path.resolve()]
-    return f"{type(error).__name__}: {error}" + (f" (line {lines[-1]})" if lines else "")
-
-
-def _validated(result: Any, count: int, spec: str) -> Scores:
-    """The user's scores as floats; a wrong type, length or value is the user's to mend, never replaced by 0."""
-    fix = f"it must return a list of {count} numbers; None leaves an answer unscored"
-    if not isinstance(result, list | tuple):
-        raise RecipeError(f"expected a list of scores, found {_shown(result)}", where=spec, fix=fix)
-    if len(result) != count:
-        raise RecipeError(f"expected {count} scores, found {len(result)}: {_shown(result)}", where=spec, fix=fix)
-    scores: Scores = []
-    for i, score in enumerate(result):
-        if score is not None and not _is_finite(score):
-            raise RecipeError(
-                f"expected a finite number or None as score {i}, found {_shown(score)}", where=spec, fix=fix
-            )
-        scores.append(None if score is None else float(score))
-    return scores
-
-
-def _is_finite(score: Any) -> bool:
-    """True for a real number (Python's or numpy's) that a float can hold."""
-    try:
-        return isinstance(score, numbers.Real) and math.isfinite(score)
-    except OverflowError:  # an integer beyond 1e308
-        return False
-
-
-def _shown(value: Any) -> str:
-    """Type and the beginning of a value, for messages."""
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 120 else text[:120] + '...'}"

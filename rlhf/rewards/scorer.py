@@ -1,34 +1,74 @@
-"""All rewards of a recipe as one: each part is asked, then they are added up with their weights."""
+"""All rewards of a list as one: each part is asked, then they are added up with their weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf.batch import Rollout
-from rlhf.rewards.base import Scores, weighted_sum
+from rlhf.rewards.base import Column, Row, weighted_sum
+from rlhf.rewards.steps import summed
 
-Part = Callable[[Rollout], Scores]
+logger = logging.getLogger("rlhf.rewards")
+
+Part = Callable[[Rollout], Column]
+StepPart = Callable[[Rollout], Tensor]  # (B, R), NaN where no step ends
+Encode = Callable[[Rollout], "Sequence[Sequence[int] | None]"]  # None: an answer that cannot be rendered
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a list of rewards says of a rollout. NaN: unscored."""
+
+    total: Tensor  # (B,) weighted sum
+    parts: dict[str, Tensor]  # (B,) each reward, before its weight
+    steps: Tensor | None  # (B, R) the total, spread over the tokens that earned it; NaN elsewhere
 
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores of a rollout: the weighted sum and each part, NaN where an answer could not be scored."""
+    """Scores of a rollout: the weighted sum, each part, and, where a reward scores steps, the sum token by token."""
 
     parts: dict[str, Part]
     weights: dict[str, float]
+    step_parts: dict[str, StepPart] = field(default_factory=dict)  # have a weight, too
 
-    def __call__(self, rollout: Rollout) -> tuple[Tensor, dict[str, Tensor]]:
+    def names(self) -> list[str]:
+        """The parts, in the order in which `Scores` has them."""
+        return [*self.parts, *self.step_parts]
+
+    def __call__(self, rollout: Rollout) -> Scores:
         found = {name: part(rollout) for name, part in self.parts.items()}
-        total = weighted_sum(found, self.weights)
-        return _tensor(total), {name: _tensor(scores) for name, scores in found.items()}
+        steps = {name: part(rollout) for name, part in self.step_parts.items()}
+        everything = {**found, **{name: summed(each) for name, each in steps.items()}}
+        total = weighted_sum(everything, self.weights)
+        spread = self._spread(rollout, total, found, steps) if steps else None
+        return Scores(_tensor(total), {name: _tensor(column) for name, column in everything.items()}, spread)
+
+    def _spread(self, rollout: Rollout, total: Column, found: dict[str, Column], steps: dict[str, Tensor]) -> Tensor:
+        """(B, R) weighted step scores where steps end, all else on the last token: each row sums to the total."""
+        shape = rollout.response_mask.shape
+        spread, ends = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.bool)
+        for name, each in steps.items():
+            spread += self.weights[name] * each.nan_to_num()
+            ends |= ~each.isnan()
+        last = rollout.response_mask.sum(-1) - 1
+        for i, score in enumerate(total):
+            if score is None:
+                ends[i] = False
+            else:
+                whole = [self.weights[name] * column[i] for name, column in found.items()]  # type: ignore[operator]
+                spread[i, last[i]] += sum(whole)
+        return torch.where(ends, spread, torch.nan).float()
 
 
-def rule_part(rule: Callable[[list[dict], list[str]], Scores]) -> Part:  # type: ignore[type-arg]
-    """A rule that looks at the answers' text."""
+def rule_part(rule: Callable[[list[Row], list[str]], Column]) -> Part:
+    """A reward that looks at the answers' text."""
     return lambda rollout: rule(rollout.rows, rollout.texts)
 
 
@@ -38,8 +78,8 @@ def model_part(score: Callable[[Tensor, Tensor], Tensor], micro_batch: int, devi
     score: (ids (b, T), attention (b, T)) -> (b,). The policy and the reward model must share tokenizer and template.
     """
 
-    def part(rollout: Rollout) -> Scores:
-        scores: Scores = []
+    def part(rollout: Rollout) -> Column:
+        scores: Column = []
         with torch.no_grad():
             for micro in rollout.split(micro_batch):
                 scores += score(micro.ids.to(device), micro.attention.to(device)).tolist()
@@ -48,5 +88,56 @@ def model_part(score: Callable[[Tensor, Tensor], Tensor], micro_batch: int, devi
     return part
 
 
-def _tensor(scores: Scores) -> Tensor:
-    return torch.tensor([float("nan") if score is None else score for score in scores], dtype=torch.float32)
+def rendered_part(
+    score: Callable[[Tensor, Tensor], Tensor],
+    encode: Encode,
+    *,
+    pad_id: int,
+    room: int | None,
+    micro_batch: int,
+    device: torch.device,
+) -> Part:
+    """A reward model with a tokenizer or template of its own: it reads each prompt and answer as it would write them.
+
+    encode: the token ids of every row of a rollout. Rows of more than `room` tokens are unscored, never cut, as are
+    those that `encode` cannot write. Every rank makes equally many calls, whatever it leaves out.
+    """
+
+    def part(rollout: Rollout) -> Column:
+        rows = encode(rollout)
+        fits = [ids is not None and (room is None or len(ids) <= room) for ids in rows]
+        if not all(fits):
+            unwritten = sum(ids is None for ids in rows)
+            logger.warning(
+                "reward model: %d of %d answers unscored: %d longer than its %s positions, %d that its chat template"
+                " cannot write",
+                *(fits.count(False), len(rows), fits.count(False) - unwritten, room, unwritten),
+            )
+        called = [ids if fit else [pad_id] for ids, fit in zip(rows, fits, strict=True)]  # stand-ins: see above
+        scores: Column = []
+        with torch.no_grad():
+            for start in range(0, len(called), micro_batch):
+                ids, attention = _padded(called[start : start + micro_batch], pad_id)
+                scores += score(ids.to(device), attention.to(device)).tolist()
+        return [value if fit else None for value, fit in zip(scores, fits, strict=True)]
+
+    return part
+
+
+def standardised(part: Part, mean: float, std: float) -> Part:
+    """A part less a mean, over a deviation."""
+    return lambda rollout: [None if score is None else (score - mean) / std for score in part(rollout)]
+
+
+def _padded(rows: Sequence[Any], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Right-padded ids (b, T) and their attention; padding is known from lengths."""
+    width = max(map(len, rows))
+    ids = torch.full((len(rows), width), pad_id, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.as_tensor(row, dtype=torch.int64)
+    attention = torch.arange(width) < torch.tensor([len(row) for row in rows])[:, None]
+    return ids, attention
+
+
+def _tensor(column: Column) -> Tensor:
+    return torch.tensor([float("nan") if score is None else score for score in column], dtype=torch.float32)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf.recipe.reward_options import ModelReward
+from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.schema import DataBlock, ModelRef
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
 from rlhf.run.lineage import Parent
@@ -25,10 +26,17 @@ def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tupl
         yield "reference", recipe.reference, POLICY
     if isinstance(recipe, PPORecipe):
         yield "critic", recipe.critic, (*SCORER, *POLICY)
-    if isinstance(recipe, OnlineRecipe):
-        for i, reward in enumerate(recipe.rewards):
-            if isinstance(reward, ModelReward):
-                yield f"rewards.{i}", reward, ("reward",)
+    for key, reward in named_rewards(recipe):
+        if isinstance(reward, ModelReward):
+            yield key, reward, ("reward",)
+
+
+def same_tokens_fix(key: str, model: ModelRef) -> str:
+    """What to write where a critic or reference does not read the policy's tokens. key: critic or reference."""
+    start = f"path: {model.path}" if model.path else f"from: {model.from_ or 'sft'}"
+    if key == "critic":
+        return f"A critic values every token of the policy: start it from the policy, critic: {{{start}}}."
+    return "The policies are compared token by token: start both from the same SFT stage, model: {from: sft}."
 
 
 def data_kinds(stage: str, recipe: Recipe) -> list[tuple[DataBlock, Kind]]:

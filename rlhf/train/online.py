@@ -181,9 +181,9 @@ class OnlineCollector:
 
     def part_names(self) -> list[str]:
         """Metric names of the columns of `Answers.parts`."""
-        names = [f"reward/{name}" for name in self.scorer.parts]
+        names = [f"reward/{name}" for name in self.scorer.names()]
         if self.test_scorer is not None:
-            names += ["test/score_mean", *(f"test/{name}" for name in self.test_scorer.parts)]
+            names += ["test/score_mean", *(f"test/{name}" for name in self.test_scorer.names())]
         return names
 
     def sample(self, step: int, refill: int, greedy: bool) -> Rollout:

@@ -9,14 +9,26 @@ from rlhf.data.examples import Loaded, PromptExample
 from rlhf.errors import CheckpointError, DataError, RecipeError
 from rlhf.models.build import has_score_head, max_positions
 from rlhf.models.load import read_config
+from rlhf.models.statistics import read_statistics
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer
-from rlhf.recipe.reward_options import ExactReward, FunctionReward, NumericReward
+from rlhf.recipe.reward_options import (
+    ExactReward,
+    FunctionReward,
+    HttpReward,
+    ModelReward,
+    NumericReward,
+    ProcessReward,
+)
+from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import OnlineRecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
-from rlhf.rewards.rules import RULES, load_function
-from rlhf.train.job import Job, model_refs
+from rlhf.recipe.stages import PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.rewards.http import check_reachable
+from rlhf.rewards.rules import RULES
+from rlhf.rewards.user_code import load_function
+from rlhf.train.job import Job, model_refs, same_tokens_fix
 from rlhf.train.objectives import bind
 from rlhf.train.samples import shown_prompts
+from rlhf.train.scorers import own_template, own_tokenizer, reads_alike
 
 
 def check_models(job: Job, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -31,9 +43,26 @@ def check_models(job: Job, tokenizer: PreTrainedTokenizerFast) -> None:
         is_scorer = has_score_head(source, ref.revision)
         if ref.path:
             check_kind(kinds, is_scorer, config, f"{key}.path", source)
+        if isinstance(ref, ModelReward) and not check_reward_model(job, tokenizer, ref, key, source):
+            continue  # its rows are its own: those over its positions are unscored
         check_context(config, job.recipe.data.max_length, source)
         if key != "model":
-            check_tokens(tokenizer, ref, config, key, source, reads_text=is_scorer)
+            fix = same_tokens_fix(key, job.recipe.model)
+            check_tokens(tokenizer, ref, config, key, source, reads_text=is_scorer, fix=fix)
+
+
+def check_reward_model(job: Job, tokenizer: PreTrainedTokenizerFast, ref: ModelReward, key: str, source: str) -> bool:
+    """A reward model has the statistics it is asked for, and a template where it cannot take the policy's tokens.
+
+    Returns whether it can.
+    """
+    if ref.statistics != "none":
+        read_statistics(source, ref.revision, f"{key}.statistics")
+    own = own_tokenizer(job, ref, key)
+    if reads_alike(own, tokenizer):
+        return True
+    own_template(own, f"{key}.{'from' if ref.from_ else 'path'}", source)
+    return False
 
 
 def check_kind(kinds: tuple[str, ...], is_scorer: bool, config: PreTrainedConfig, key: str, source: str) -> None:
@@ -70,15 +99,15 @@ def check_tokens(
     source: str,
     *,
     reads_text: bool,
+    fix: str,
 ) -> None:
-    """A role gets the policy's tokens as they are, so it must have the same vocabulary.
+    """A critic speaks of the policy's tokens one by one, and so does a reference: they must have its vocabulary.
 
     reads_text: the role has learned from rendered conversations, so its chat template (if it has one) must agree too.
     """
     own = load_tokenizer(source, ref.revision)
     ensure_pad(own, config)
     where = f"{key}.{'from' if ref.from_ else 'path'}"
-    fix = "Texts are not rendered again for other models: start all from the same SFT stage, model: {from: sft}."
     if chat.tokenizer_hash(own) != chat.tokenizer_hash(tokenizer):
         raise CheckpointError(f"expected the policy's tokenizer, found another one in {source}", where=where, fix=fix)
     if reads_text and own.chat_template and chat.template_hash(own) != chat.template_hash(tokenizer):
@@ -86,14 +115,15 @@ def check_tokens(
         raise CheckpointError(what, where=where, fix=f"{fix} Or leave out model.chat_template.")
 
 
-def check_rewards(job: Job, prompts: list[PromptExample]) -> None:
-    """The reward files load, and every row has the reference answer that a rule compares with."""
-    recipe = job.recipe
-    if not isinstance(recipe, OnlineRecipe):
-        return
-    for spec in recipe.rewards:
-        if isinstance(spec, FunctionReward):
+def check_rewards(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[PromptExample]) -> None:
+    """The reward files load, addresses are reachable, templates take the prompts, and reference answers are there."""
+    for key, spec in named_rewards(job.recipe):
+        if isinstance(spec, (FunctionReward, ProcessReward)):
             load_function(spec.function)
+        elif isinstance(spec, HttpReward):
+            check_reachable(spec.url, spec.timeout, f"{key}.url")
+        elif isinstance(spec, ModelReward):
+            check_rendering(job, tokenizer, spec, key, prompts)
         elif isinstance(spec, (ExactReward, NumericReward)):
             rule = bind(RULES, spec)
             for example in prompts:
@@ -101,6 +131,24 @@ def check_rewards(job: Job, prompts: list[PromptExample]) -> None:
                     rule([example.fields], [""])
                 except DataError as error:
                     raise DataError(error.what, where=example.where, fix=error.fix) from None
+
+
+def check_rendering(
+    job: Job, tokenizer: PreTrainedTokenizerFast, spec: ModelReward, key: str, prompts: list[PromptExample]
+) -> None:
+    """A reward model's own template takes conversations with the roles of the prompts, one of each kind."""
+    own = own_tokenizer(job, spec, key)
+    if reads_alike(own, tokenizer):
+        return
+    template = chat.ChatTemplate(own)
+    kinds = {tuple(message["role"] for message in example.fields["messages"]): example for example in prompts}
+    for example in kinds.values():
+        try:
+            template.answered(example.fields["messages"], "a", example.where, finished=True)
+        except DataError as error:
+            what = f"expected prompts that its chat template takes, {error.what.partition('found ')[2]}"
+            fix = "Change the rows, or name another reward model."
+            raise DataError(what, where=f"{key}: {example.where}", fix=fix) from None
 
 
 def check_samples(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> None:

@@ -13,10 +13,7 @@ from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
-from rlhf.rewards.rules import RULES
-from rlhf.rewards.scorer import Part, Scorer, model_part, rule_part
 from rlhf.train.job import Job
-from rlhf.train.objectives import bind
 from rlhf.train.reference import Reference
 
 logger = logging.getLogger("rlhf.roles")
@@ -80,31 +77,12 @@ def is_same_start(job: Job) -> bool:
     return (recipe.reference.path, recipe.reference.revision) == (recipe.model.path, recipe.model.revision)
 
 
-def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
-    """All rewards of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2."""
-    recipe = job.recipe
-    assert isinstance(recipe, OnlineRecipe)
-    parts: dict[str, Part] = {}
-    weights: dict[str, float] = {}
-    for i, spec in enumerate(recipe.rewards):
-        same = sum(other.kind == spec.kind for other in recipe.rewards[:i])
-        name = f"{spec.kind}_{same + 1}" if same else spec.kind
-        if isinstance(spec, ModelReward):
-            source = job.source(f"rewards.{i}", spec)
-            setup = Setup.frozen(spec.dtype, recipe.model.attention)
-            with sharded_loading(spec.zero, bf16=spec.dtype == "bf16"):
-                model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
-            engine = _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
-            parts[name] = model_part(engine, recipe.train.micro_batch, engine.device)
-        else:
-            parts[name] = rule_part(bind(RULES, spec))
-        weights[name] = spec.weight
-    return Scorer(parts, weights)
-
-
-def test_scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer | None:
-    """The rewards that nothing is learned from."""
-    return None
+def score_engine(job: Job, source: str, tokenizer: PreTrainedTokenizerFast, spec: ModelReward, name: str) -> Engine:
+    """A frozen reward model. tokenizer: the one whose tokens it will be given."""
+    setup = Setup.frozen(spec.dtype, job.recipe.model.attention)
+    with sharded_loading(spec.zero, bf16=spec.dtype == "bf16"):
+        model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
+    return _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
 
 
 def _source(job: Job) -> str | InitBlock:

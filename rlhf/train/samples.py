@@ -41,7 +41,7 @@ class SampleWriter:
         seeds = [derive(self.seed, "show", place) for place in range(len(self.prompts))]
         with self.engine.gathered() as policy:
             rollout = generate(policy, self.prompts, seeds, self.sampling, self.sampler)
-        scores = self.scorer(rollout)[0].tolist() if self.scorer else [None] * len(seeds)
+        scores = self.scorer(rollout).total.tolist() if self.scorer else [None] * len(seeds)
         if not dist.is_main():
             return
         for example, answer, score in zip(self.prompts, rollout.texts, scores, strict=True):

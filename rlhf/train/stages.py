@@ -12,12 +12,13 @@ from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
+from rlhf.models.statistics import ScoreStatistics
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.explain import offline_steps
 from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
-from rlhf.train import roles
+from rlhf.train import roles, scorers
 from rlhf.train.checkpoints import Running
 from rlhf.train.guards import check_same_weights
 from rlhf.train.job import Job
@@ -37,6 +38,7 @@ from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_
 from rlhf.train.rollout import Sampler
 from rlhf.train.samples import SampleWriter, shown_prompts
 from rlhf.train.state import OnlineState
+from rlhf.train.statistics import score_statistics
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 
@@ -56,6 +58,7 @@ class Parts:
     sampling: SamplingBlock | None = None
     scorer: Scorer | None = None
     stop_ids: list[int] = field(default_factory=list)
+    statistics: Callable[[], ScoreStatistics] | None = None  # of a reward model's scores, once it is trained
     state: OnlineState | None = None
     averages: dict[str, Ema] = field(default_factory=dict)  # by the part they are published as
     policy_starts: int = 0
@@ -106,6 +109,7 @@ def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
         published={"model": (engine, "reward")},
         held_out=held_out,
+        statistics=lambda: score_statistics(engine, train, held_out, recipe.train.micro_batch, recipe.train.seed),
     )
 
 
@@ -171,7 +175,8 @@ ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
 def _online(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded, actor: Engine, critic: Engine | None) -> Parts:
     recipe = job.recipe
     assert isinstance(recipe, OnlineRecipe)
-    scorer = roles.scorer(job, tokenizer)
+    scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards")
+    tests = recipe.test_rewards
     state = OnlineState.at_start(recipe)
     mixed = None if data.pretraining is None else token_dataset(data.pretraining.train, tokenizer.pad_token_id)
     collector = OnlineCollector(
@@ -181,7 +186,7 @@ def _online(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded, actor: E
         actor,
         roles.reference(job, tokenizer, actor),
         scorer,
-        roles.test_scorer(job, tokenizer),
+        scorers.scorer(job, tokenizer, tests, key="test_rewards") if tests else None,
         critic,
         mixed,
         state,

@@ -22,6 +22,7 @@ from rlhf.data.examples import Loaded, load_examples
 from rlhf.engine import dist
 from rlhf.errors import ResourceError, StoppedError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
+from rlhf.models.statistics import set_statistics
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import stages
@@ -64,7 +65,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
     data = load_data(job, tokenizer, kind)
-    check_rewards(job, data.train)
+    check_rewards(job, tokenizer, data.train)
     check_samples(job, tokenizer, data)
     facts = report_data(data)
     if dist.is_main():
@@ -123,6 +124,9 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
 
 def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -> None:
     """Write the trained models as Hugging Face folders; the manifest comes last."""
+    statistics = parts.statistics() if parts.statistics is not None else None
+    if statistics is not None:
+        set_statistics(parts.published["model"][0].module.core.config, statistics)
     for part, (engine, kind) in parts.published.items():
         average = parts.averages[part] if part in parts.averages else None
         with average.swapped() if average is not None else nullcontext():
@@ -144,6 +148,7 @@ def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -
             "head": None if kind == "policy" else "score",
             "dtype": job.recipe.model.dtype,
             "lora": job.recipe.model.lora is not None,
+            **(statistics.facts() if statistics is not None else {}),
         }
         job.folder.publish(kind, facts, parts.steps)
     dist.barrier()

@@ -1,0 +1,75 @@
+"""Rules about rewards, those that are learned from and those that are only watched."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from rlhf.recipe.problems import Problem
+from rlhf.recipe.reward_options import FormatReward, FunctionReward, HttpReward, ProcessReward, Reward
+from rlhf.recipe.stages import OnlineRecipe, Recipe
+
+LISTS = ("rewards", "test_rewards")
+
+
+def named_rewards(recipe: Recipe) -> Iterator[tuple[str, Reward]]:
+    """(recipe key, reward) of every reward of a recipe: rewards.0, rewards.1, test_rewards.0, ..."""
+    if isinstance(recipe, OnlineRecipe):
+        for key in LISTS:
+            for i, reward in enumerate(getattr(recipe, key)):
+                yield f"{key}.{i}", reward
+
+
+def reward_options(recipe: OnlineRecipe) -> Iterator[Problem]:
+    """Patterns compile, functions are named as file.py:name, addresses are http or https, no reward is listed twice."""
+    for key, reward in named_rewards(recipe):
+        if isinstance(reward, FormatReward):
+            yield from _pattern(f"{key}.pattern", reward.pattern)
+        elif isinstance(reward, (FunctionReward, ProcessReward)):
+            yield from _function(f"{key}.function", reward.function)
+        elif isinstance(reward, HttpReward):
+            yield from _address(f"{key}.url", reward.url)
+    for name in LISTS:
+        yield from _twice(name, getattr(recipe, name))
+
+
+def _pattern(key: str, pattern: str) -> Iterator[Problem]:
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        what = f"expected a regular expression, found {pattern!r} ({error})"
+        yield Problem(key, what, "in YAML, write patterns in single quotes")
+
+
+def _function(key: str, function: str) -> Iterator[Problem]:
+    file, _, name = function.rpartition(":")
+    if not (file.endswith(".py") and name.isidentifier()):
+        what = f"expected file.py:name, found {function!r}"
+        yield Problem(key, what, "for example my_rewards.py:score")
+
+
+def _address(key: str, url: str) -> Iterator[Problem]:
+    """An address that can be asked, without a password: recipes are copied into the run directory."""
+    example = "for example http://127.0.0.1:8000/score"
+    try:
+        parts = urlsplit(url)
+        host, port, user = parts.hostname, parts.port, parts.username
+    except ValueError as error:
+        yield Problem(key, f"expected http://HOST[:PORT]/PATH, found {url!r} ({error})", example)
+        return
+    if parts.scheme not in ("http", "https") or not host or port == 0 or not url.isascii() or not url.isprintable():
+        yield Problem(key, f"expected http://HOST[:PORT]/PATH or https://..., found {url!r}", example)
+    elif user is not None:
+        what = "expected no user name and password in the address, found some"
+        yield Problem(key, what, "a recipe is copied into the run directory, where passwords have no place")
+    elif parts.fragment or " " in url:
+        yield Problem(key, f"expected an address without spaces and without #, found {url!r}", example)
+
+
+def _twice(key: str, rewards: list[Reward]) -> Iterator[Problem]:
+    """A reward listed twice counts twice; a weight says that better."""
+    for i, reward in enumerate(rewards):
+        if reward in rewards[:i]:
+            what = f"expected another reward than {key}.{rewards.index(reward)}, found the same"
+            yield Problem(f"{key}.{i}", what, "remove it; `weight` makes a reward count for more")

@@ -1,0 +1,189 @@
+"""A scorer behind an HTTP address, spoken to with the standard library.
+
+POST {"prompts": [text], "answers": [text], "rows": [object]} as JSON -> {"scores": [number or null]}, one per answer;
+null leaves an answer unscored. What may pass (no connection, silence, 429, 5xx, an answer that is not that) is tried
+again a bounded number of times, and then leaves its answers unscored, never at 0. What will not pass (any other status)
+ends the run. Addresses are asked directly, whatever proxies the environment names, and redirects are not followed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import math
+import socket
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any
+from urllib.parse import urlsplit, urlunsplit
+
+from rlhf.errors import ServiceError
+from rlhf.rewards.base import Column, Row
+
+logger = logging.getLogger("rlhf.rewards")
+
+MAX_BYTES = 1 << 20  # of an answer; 20 characters per score are plenty
+_PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before the first further try, doubled for each one after
+_CHUNK = 1 << 16
+
+
+# Neither proxies nor redirects: a POST that is sent elsewhere may lose its body, or leave http.
+_OPENER = urllib.request.OpenerDirector()
+for _handler in (
+    urllib.request.HTTPHandler(),
+    urllib.request.HTTPSHandler(),
+    urllib.request.HTTPDefaultErrorHandler(),
+    urllib.request.HTTPErrorProcessor(),
+):
+    _OPENER.add_handler(_handler)
+
+
+class _PassingError(Exception):
+    """Worth another try. scores: what can be used of the answer all the same."""
+
+    def __init__(self, what: str, scores: Column | None = None) -> None:
+        super().__init__(what)
+        self.scores = scores
+
+
+def http_scores(
+    rows: list[Row], answers: list[str], *, url: str, timeout: float, retries: int, batch_size: int
+) -> Column:
+    """What the service at `url` says of the answers, `batch_size` of them per request, None where it says nothing.
+
+    timeout: seconds that one try may take. Once a request has failed for good, the further ones of this call are tried
+    once: a service that is down must not hold up the other ranks for long.
+    """
+    scores: Column = []
+    failures: list[str] = []
+    for start in range(0, len(answers), batch_size):
+        some, texts = rows[start : start + batch_size], answers[start : start + batch_size]
+        body = _body(some, texts)
+        found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries)
+        failures += [failure] if failure else []
+        scores += found
+    if failures:
+        count = sum(score is None for score in scores)
+        logger.warning("%s: %d of %d answers unscored: %s", _shown(url), count, len(scores), failures[0])
+    return scores
+
+
+def check_reachable(url: str, timeout: float, where: str) -> None:
+    """Refuse an address where nobody accepts a connection: one try, nothing is sent. where: the recipe key."""
+    parts = urlsplit(url)
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    try:
+        socket.create_connection((parts.hostname, port), timeout).close()
+    except (OSError, UnicodeError) as error:  # the latter: no name of a host
+        raise ServiceError(
+            f"expected a scorer that accepts connections, found none at {_shown(url)}: {error}",
+            where=where,
+            fix="Start it, or correct the address; it must be reachable from every node.",
+        ) from None
+
+
+def _body(rows: Sequence[Row], answers: Sequence[str]) -> bytes:
+    """The request. Of a row those columns that JSON can hold."""
+    prompts = [row["prompt"] for row in rows]
+    plain = [{key: value for key, value in row.items() if _is_json(value)} for row in rows]
+    return json.dumps({"prompts": prompts, "answers": list(answers), "rows": plain}).encode()
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _ask(url: str, body: bytes, count: int, timeout: float, retries: int) -> tuple[Column, str]:
+    """One request with its further tries: (scores, why some are missing, empty where none failed)."""
+    last = _PassingError("")
+    for again in range(retries + 1):
+        if again:
+            time.sleep(min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE))
+        try:
+            return _scores(_post(url, body, timeout), count), ""
+        except _PassingError as error:
+            last = error
+        except urllib.error.HTTPError as error:
+            last = _status(url, error)
+        except (OSError, http.client.HTTPException) as error:  # no connection, a broken one, or silence
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
+            last = _PassingError(f"{type(error).__name__}: {reason}")
+    return [None] * count if last.scores is None else last.scores, str(last)
+
+
+def _status(url: str, error: urllib.error.HTTPError) -> _PassingError:
+    """A status that may pass, or the end."""
+    text = ""
+    with error, suppress(OSError, http.client.HTTPException):
+        text = error.read(200).decode("utf-8", "replace").strip()
+    said = f"{error.code} {error.reason}" + (f", {text!r}" if text else "")
+    if error.code == 429 or error.code >= 500:
+        return _PassingError(f"it answered {said}")
+    location = error.headers["Location"]
+    refused = "The service refuses what it is asked: see that it takes what is posted, at this address."
+    raise ServiceError(
+        f"expected scores, found {said}" + (f", sent on to {location}" if location else ""),
+        where=f"rewards: http: {_shown(url)}",
+        fix="Write that address in `url`: redirects are not followed." if location else refused,
+    )
+
+
+def _post(url: str, body: bytes, timeout: float) -> bytes:
+    """The body of a good answer, read within `timeout` seconds and MAX_BYTES."""
+    deadline = time.monotonic() + timeout
+    headers = {"Content-Type": "application/json", "Accept": "application/json"}
+    request = urllib.request.Request(url, body, headers, method="POST")
+    answer = b""
+    with _OPENER.open(request, timeout=timeout) as response:
+        while chunk := response.read1(_CHUNK):
+            answer += chunk
+            if len(answer) > MAX_BYTES:
+                raise _PassingError(f"it answered with more than {MAX_BYTES:,} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no whole answer within {timeout:g} s")
+    return answer
+
+
+def _scores(answer: bytes, count: int) -> Column:
+    """The scores of an answer; one that is no finite number makes the answer worth another try."""
+    try:
+        found = json.loads(answer)
+    except (ValueError, RecursionError):
+        raise _PassingError(f"expected JSON, found {_beginning(answer)}") from None
+    scores = found["scores"] if isinstance(found, dict) and "scores" in found else None
+    if not isinstance(scores, list):
+        raise _PassingError(f'expected {{"scores": [...]}}, found {_beginning(answer)}')
+    if len(scores) != count:
+        raise _PassingError(f"expected {count} scores, found {len(scores)}")
+    column = [_number(score) for score in scores]
+    bad = [score for score, number in zip(scores, column, strict=True) if number is None and score is not None]
+    if bad:
+        raise _PassingError(f"expected finite numbers, found {str(bad[0])[:60]}", column)
+    return column
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, None for everything else."""
+    try:
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:  # an integer beyond 1e308
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _beginning(answer: bytes) -> str:
+    return repr(answer[:60].decode("utf-8", "replace"))
+
+
+def _shown(url: str) -> str:
+    """An address without its query, which may hold a key."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))
