@@ -43,7 +43,8 @@ class Scorer:
         return [*self.parts, *self.step_parts]
 
     def __call__(self, rollout: Rollout) -> Scores:
-        found = {name: part(rollout) for name, part in self.parts.items()}
+        with torch.no_grad():
+            found = {name: part(rollout) for name, part in self.parts.items()}
         steps = {name: part(rollout) for name, part in self.step_parts.items()}
         everything = {**found, **{name: summed(each) for name, each in steps.items()}}
         total = weighted_sum(everything, self.weights)

@@ -156,19 +156,14 @@ class OnlineCollector:
 
     def draw(self, step: int, refill: int, *, greedy: bool = False) -> Answers:
         """One round of prompts with their scored answers, on every rank."""
-        mine = agreed(lambda: self.sample_and_score(step, refill, greedy))
-        return gathered(mine, self.sampler.pad_id)
-
-    def sample_and_score(self, step: int, refill: int, greedy: bool) -> Answers:
-        """This rank's part of a round."""
-        rollout = self.sample(step, refill, greedy)
-        with torch.no_grad():
-            found = self.scorer(rollout)
-            parts = list(found.parts.values())
-            if self.test_scorer is not None and not greedy:
-                tested = self.test_scorer(rollout)
-                parts += [tested.total, *tested.parts.values()]
-        return Answers(
+        rollout = agreed(lambda: self.sample(step, refill, greedy))
+        found = agreed(lambda: self.scorer(rollout))
+        parts = list(found.parts.values())
+        test_scorer = self.test_scorer
+        if test_scorer is not None and not greedy:
+            tested = agreed(lambda: test_scorer(rollout))
+            parts += [tested.total, *tested.parts.values()]
+        mine = Answers(
             rollout.ids,
             rollout.attention,
             rollout.response_mask,
@@ -178,6 +173,7 @@ class OnlineCollector:
             torch.stack(parts, 1),
             found.steps,
         )
+        return gathered(mine, self.sampler.pad_id)
 
     def part_names(self) -> list[str]:
         """Metric names of the columns of `Answers.parts`."""
