@@ -71,6 +71,11 @@ def kl_control(recipe: OnlineRecipe) -> Problems:
     if isinstance(recipe.kl.controller, AdaptiveKl) and not recipe.kl.coef:
         what = "expected a number > 0 for an adaptive controller to start from, found 0"
         yield Problem("kl.coef", what, "0.2 is usual", ("kl.controller.name",))
+    rows = recipe.train.prompts * recipe.train.answers
+    if isinstance(recipe.kl.controller, AdaptiveKl) and recipe.kl.controller.horizon <= 0.2 * rows:
+        what = f"expected more than a fifth of the {rows} answers of a rollout, found {recipe.kl.controller.horizon:g}"
+        fix = f"one rollout could take the coefficient to 0: {10 * rows} changes it by 2 % per rollout at most"
+        yield Problem("kl.controller.horizon", what, fix, ("train.prompts", "train.answers"))
 
 
 def fresh_samples(recipe: OnlineRecipe) -> Problems:

@@ -24,6 +24,7 @@ BROKEN = [
     ("grpo", ["whiten_rewards=true"], "whiten_rewards", "does not read token rewards", "reinforce_pp"),
     ("grpo", ["kl.estimator=k1"], "kl.estimator", "whose expected gradient is 0", "choose k3"),
     ("ppo", ["kl={coef: 0.0, controller: {name: adaptive}}"], "kl.coef", "found 0", "0.2"),
+    ("ppo", ["kl.controller={name: adaptive, horizon: 12.0}"], "kl.controller.horizon", "found 12", "640 changes it"),
     ("grpo", ["policy_loss.name=reinforce", "train.inner_epochs=2"], "train.inner_epochs", "found 2", "first update"),
     ("grpo", ["policy_loss.name=reinforce", "train.minibatches=4"], "train.minibatches", "found 4", "ppo_clip"),
     ("grpo", ["policy_loss.name=ppo_penalty"], "train.inner_epochs", "several updates", "raise train.inner_epochs"),

@@ -18,21 +18,25 @@ from rlhf.engine.zero import held_elements
 from rlhf.models.build import Setup, build_policy, build_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
 from rlhf.models.tokenizer import train_tokenizer
-from rlhf.recipe.options import DpoLoss, PpoClipLoss, PpoValueLoss, RmBtLoss
-from rlhf.recipe.schema import InitBlock, OptimBlock, SamplingBlock, ZeroBlock
-from rlhf.recipe.stages import GRPOKlBlock
+from rlhf.recipe.options import DpoLoss, RmBtLoss
+from rlhf.recipe.policy_options import PpoValueLoss
+from rlhf.recipe.schema import InitBlock, OptimBlock, ZeroBlock
+from rlhf.recipe.stages import GRPORecipe
 from rlhf.train.loop import Collected, Stage, update
 from rlhf.train.objectives import (
     Objective,
     PolicyObjective,
     PreferenceObjective,
+    PretrainingObjective,
     RewardObjective,
     SFTObjective,
     ValueObjective,
 )
+from rlhf.train.state import OnlineState
 
 INIT = InitBlock(hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, vocab=300, context=64)
 LENGTHS = [19, 4, 11, 7, 16, 5, 9, 13]  # ragged: ranks and micro-batches get unequal numbers of tokens
+STEP_LR = 0.05  # small enough that three steps do not amplify the rounding of the first
 GRADIENT_LR = 1e3  # a huge SGD step leaves weights that are the gradient, to the last digits of float32
 
 
@@ -71,6 +75,7 @@ def experience(seed: int) -> Experience:
         scores=torch.zeros(8),
         old_values=noise(0.5),
         returns=noise(1.0),
+        pretraining=tokens(4),
     )
 
 
@@ -84,21 +89,36 @@ def batch_for(name: str) -> Rows:
     return experience(3)
 
 
-def objective_for(name: str, engine: Engine, block: OptimBlock) -> Objective:
+def objectives_for(name: str, engine: Engine, block: OptimBlock) -> list[Objective]:
     if name == "sft":
-        return SFTObjective(engine, block)
+        return [SFTObjective(engine, block)]
     if name == "rm":
-        return RewardObjective.from_block(engine, block, RmBtLoss(center_coef=0.01))
+        return [RewardObjective.from_block(engine, block, RmBtLoss(center_coef=0.01))]
     if name == "dpo":
-        return PreferenceObjective.from_block(engine, block, DpoLoss(beta=0.1))
+        return [PreferenceObjective.from_block(engine, block, DpoLoss(beta=0.1))]
     if name == "value":
-        return ValueObjective.from_block(engine, block, PpoValueLoss())
-    kl, aggregation = (GRPOKlBlock(), "sequence_mean") if name == "grpo" else (None, "token_mean")
-    sampling = SamplingBlock(temperature=0.9, max_new_tokens=12)
-    return PolicyObjective.from_blocks(engine, block, PpoClipLoss(), aggregation=aggregation, sampling=sampling, kl=kl)
+        return [ValueObjective.from_block(engine, block, PpoValueLoss())]
+    recipe = GRPORecipe.model_validate(
+        {
+            "model": {"from": "sft"},
+            "data": {"path": "x"},
+            "sampling": {"temperature": 0.9, "max_new_tokens": 12},
+            **POLICIES[name],
+        }
+    )
+    policy = replace(PolicyObjective.from_recipe(engine, recipe, OnlineState.at_start(recipe)), optim=block)
+    return [policy, *([PretrainingObjective(engine, block, 0.5)] if name == "ptx" else [])]
 
 
-NAMES = ("sft", "rm", "dpo", "policy", "grpo", "value")
+# Every way to add losses up, and every term that a policy's loss can have.
+POLICIES = {
+    "policy": {"aggregation": "token_mean", "kl": {"placement": "reward"}},
+    "grpo": {},
+    "gspo": {"policy_loss": {"name": "gspo"}, "kl": {"estimator": "k2"}},
+    "reinforce": {"policy_loss": {"name": "reinforce"}, "aggregation": "sequence_sum", "entropy_coef": 0.1},
+    "ptx": {"policy_loss": {"name": "cispo"}, "aggregation": "constant"},
+}
+NAMES = ("sft", "rm", "dpo", "value", *POLICIES)
 
 
 def module_for(name: str, tokenizer) -> torch.nn.Module:
@@ -115,7 +135,7 @@ class NoGuard:
         pass
 
 
-def stage_of(objective: Objective, micro_batch: int) -> Stage:
+def stage_of(objectives: list[Objective], micro_batch: int) -> Stage:
     nothing = {name: None for name in Stage.__dataclass_fields__}
     return Stage(
         **{
@@ -124,7 +144,9 @@ def stage_of(objective: Objective, micro_batch: int) -> Stage:
             "updates_per_step": 1,
             "micro_batch": micro_batch,
             "collector": NoGuard(),
-            "objectives": [objective],
+            "objectives": objectives,
+            "policy_starts": 0,
+            "averages": [],
         }
     )
 
@@ -133,12 +155,12 @@ def train(name: str, tokenizer, zero: ZeroBlock, micro_batch: int, lr: float, st
     engine = Engine(module_for(name, tokenizer), zero, bf16=False, optim=optim(lr))
     before = engine.state_dict()
     held, total = held_elements(engine.module)
-    objective = objective_for(name, engine, optim(lr))
+    objectives = objectives_for(name, engine, optim(lr))
     batch = batch_for(name)
     mine = batch.select(list(range(8))[dist.rank() :: dist.world_size()])
     metrics = {}
     for step in range(steps):
-        metrics = update(stage_of(objective, micro_batch), step, Collected([mine]))
+        metrics = update(stage_of(objectives, micro_batch), step, Collected([mine]))
     return before or {}, engine.state_dict() or {}, {**metrics, "held": held / total}
 
 
@@ -154,7 +176,7 @@ def main(out: str) -> None:
                 zero = ZeroBlock(stage=stage, persistence_threshold=0, bucket_size=1000)
                 before, after, _ = train(name, tokenizer, zero, micro_batch, GRADIENT_LR, 1)
                 gradients = {key: (before[key] - after[key]).double() / GRADIENT_LR for key in before}
-                _, weights, metrics = train(name, tokenizer, zero, micro_batch, 0.1, 3)
+                _, weights, metrics = train(name, tokenizer, zero, micro_batch, STEP_LR, 3)
                 results[name, stage, micro_batch] = (gradients, weights, metrics)
     if dist.is_main():
         torch.save(results, out)

@@ -73,12 +73,13 @@ def plain_update(name: str, lr: float, steps: int) -> dict[str, torch.Tensor]:
     """The whole batch in one forward and one textbook SGD step."""
     tokenizer = worker.train_tokenizer(["a b c d e f g"] * 3, 300, None)
     module = worker.module_for(name, tokenizer)
-    objective = worker.objective_for(name, PlainEngine(module), worker.optim(lr))
+    objectives = worker.objectives_for(name, PlainEngine(module), worker.optim(lr))
     batch = worker.batch_for(name)
-    counts = {key: float(value) for key, value in objective.counts(batch).items()}
     for _ in range(steps):
         module.zero_grad()
-        sum_terms(objective.loss(batch), counts).backward()
+        for objective in objectives:
+            counts = {key: float(value) for key, value in objective.counts(batch).items()}
+            sum_terms(objective.loss(batch), counts).backward()
         with torch.no_grad():
             for parameter in module.parameters():
                 parameter -= lr * parameter.grad
@@ -101,7 +102,7 @@ def check_equal(results: dict, expected: dict) -> None:
 
 @pytest.mark.parametrize("name", worker.NAMES)
 def test_one_rank_equals_plain_torch(one_rank, name):
-    weights = plain_update(name, 0.1, 3)
+    weights = plain_update(name, worker.STEP_LR, 3)
     assert len(weights) > 10
     for key, value in one_rank[name, 0, 4][1].items():
         assert difference(value, weights[key]) < WEIGHTS, key
