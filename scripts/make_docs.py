@@ -11,8 +11,11 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.algo.advantages import ADVANTAGES
+from rlhf.algo.aggregation import AGGREGATIONS
+from rlhf.algo.controllers import KL_CONTROLLERS
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.preference import PREFERENCE_LOSSES
@@ -20,8 +23,17 @@ from rlhf.algo.registry import Entry, Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
-from rlhf.recipe import options as blocks
-from rlhf.recipe.fields import Option, options
+from rlhf.recipe.fields import Option, options, shape_of
+from rlhf.recipe.options import PreferenceLoss, RewardLoss
+from rlhf.recipe.policy_options import (
+    GroupAdvantage,
+    KlController,
+    PenaltyController,
+    PolicyLoss,
+    PpoAdvantage,
+    PpoValueLoss,
+)
+from rlhf.recipe.reward_options import Reward
 from rlhf.recipe.schema import Block, OptimBlock
 from rlhf.recipe.stages import RECIPES
 from rlhf.rewards.rules import RULES
@@ -137,21 +149,27 @@ def _tables(found: tuple[Row, ...]) -> Iterator[str]:
 # --- losses -----------------------------------------------------------------------------------------------------------
 
 
-def chosen_blocks() -> dict[str, type[Block]]:
-    """The blocks of options that a name or kind chooses."""
-    every = [b for b in vars(blocks).values() if isinstance(b, type) and issubclass(b, Block)]
-    return {
-        str(options(block)[tag].shape.allowed[0]): block
-        for block in every
-        for tag in ("name", "kind")
-        if tag in options(block) and len(options(block)[tag].shape.allowed) == 1
-    }
+def blocks_of(*choices: Any) -> dict[str, type[Block]]:
+    """The blocks that a recipe can choose from, by the name or kind that chooses each."""
+    blocks = [block for choice in choices for block in shape_of(choice).blocks]
+    tags = {block: options(block)["name" if "name" in options(block) else "kind"] for block in blocks}
+    return {str(tag.shape.allowed[0]): block for block, tag in tags.items()}
 
 
-def own_options(entry: Entry) -> str:
-    """The options of an entry that has a block of its own."""
-    named = options(chosen_blocks()[entry.name])
-    return _option_list({name: option for name, option in named.items() if name not in ("name", "kind", "weight")})
+def options_in(*choices: Any) -> Callable[[Entry], str]:
+    """Lists the options of an entry's block among these; blocks in it have tables of their own."""
+
+    def list_options(entry: Entry) -> str:
+        found = options(blocks_of(*choices)[entry.name])
+        own = {name: option for name, option in found.items() if not option.shape.blocks}
+        return _option_list({name: option for name, option in own.items() if name not in ("name", "kind", "weight")})
+
+    return list_options
+
+
+def no_options(entry: Entry) -> str:
+    """An entry is all there is to choose."""
+    return ""
 
 
 def schedule_options(entry: Entry) -> str:
@@ -168,27 +186,34 @@ def _option_list(found: dict[str, Option]) -> str:
 
 # title, registry, where a recipe chooses from it, the options of an entry
 REGISTRIES: tuple[tuple[str, Registry, str, Callable[[Entry], str]], ...] = (
-    ("Preference losses", PREFERENCE_LOSSES, "`loss.name` of `rlhf dpo`", own_options),
-    ("Reward-model losses", REWARD_LOSSES, "`loss.name` of `rlhf rm`", own_options),
-    ("Policy losses", POLICY_LOSSES, "`policy_loss.name` of `rlhf ppo` and `rlhf grpo`", own_options),
-    ("Value losses", VALUE_LOSSES, "`value_loss.name` of `rlhf ppo`", own_options),
+    ("Preference losses", PREFERENCE_LOSSES, "`loss.name` of `rlhf dpo`", options_in(PreferenceLoss)),
+    ("Reward-model losses", REWARD_LOSSES, "`loss.name` of `rlhf rm`", options_in(RewardLoss)),
+    ("Policy losses", POLICY_LOSSES, "`policy_loss.name` of `rlhf ppo` and `rlhf grpo`", options_in(PolicyLoss)),
+    ("Aggregations", AGGREGATIONS, "`aggregation` of `rlhf ppo` and `rlhf grpo`", no_options),
+    ("Value losses", VALUE_LOSSES, "`value_loss.name` of `rlhf ppo`", options_in(PpoValueLoss)),
     (
         "Advantage estimators",
         ADVANTAGES,
-        "`advantage.name`: `gae` in `rlhf ppo`, `grpo` in `rlhf grpo`",
-        own_options,
+        "`advantage.name` of `rlhf ppo` (`gae` where nothing is said) and `rlhf grpo` (`grpo`)",
+        options_in(PpoAdvantage, GroupAdvantage),
     ),
     (
         "KL estimators",
         KL_ESTIMATORS,
-        "`kl.estimator` of `rlhf ppo` (in the reward) and `rlhf grpo` (in the loss)",
-        lambda entry: "",
+        "`kl.estimator` of `rlhf ppo` and `rlhf grpo`; `kl.placement` says where the KL goes",
+        no_options,
+    ),
+    (
+        "KL controllers",
+        KL_CONTROLLERS,
+        "`kl.controller.name`, and `policy_loss.controller.name` of `ppo_penalty`",
+        options_in(KlController, PenaltyController),
     ),
     (
         "Rule rewards",
         RULES,
         "`rewards[].kind` of `rlhf ppo` and `rlhf grpo`, each with a `weight`; `kind: model` is a trained reward model",
-        own_options,
+        options_in(Reward),
     ),
     ("Schedules", SCHEDULES, "`train.schedule` and `critic.schedule`", schedule_options),
 )

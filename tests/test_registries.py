@@ -14,6 +14,8 @@ import pytest
 import torch
 
 from rlhf.algo.advantages import ADVANTAGES
+from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
+from rlhf.algo.controllers import KL_CONTROLLERS
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.preference import PREFERENCE_LOSSES
@@ -23,34 +25,68 @@ from rlhf.algo.rewards import process_scores
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.batch import PairLogprobs
-from rlhf.recipe import options as recipe_options
-from rlhf.recipe.options import FunctionReward, KlBlock, ScoresBlock
+from rlhf.recipe import options as pair_options
+from rlhf.recipe import policy_options, reward_options
+from rlhf.recipe.fields import options, shape_of
+from rlhf.recipe.options import PreferenceLoss, RewardLoss
+from rlhf.recipe.policy_options import (
+    Estimator,
+    GroupAdvantage,
+    KlBlock,
+    KlController,
+    PenaltyController,
+    PolicyLoss,
+    PpoAdvantage,
+    PpoValueLoss,
+    ScoresBlock,
+)
+from rlhf.recipe.reward_options import FunctionReward, Reward
 from rlhf.recipe.schema import Block, OptimBlock
-from rlhf.recipe.stages import GRPOKlBlock
+from rlhf.recipe.stages import GRPOKlBlock, GRPORecipe, OnlineRecipe, PPORecipe
 from rlhf.rewards.rules import RULES
 
-# registries whose entries are chosen by a block of options, by the field that names the choice
-BY_NAME = [PREFERENCE_LOSSES, REWARD_LOSSES, ADVANTAGES, POLICY_LOSSES, VALUE_LOSSES]
-BY_KIND = [RULES]
+# registries whose entries are chosen by a block of options each, and the places in a recipe that choose
+CHOICES: list[tuple[Registry, tuple[Any, ...]]] = [
+    (PREFERENCE_LOSSES, (PreferenceLoss,)),
+    (REWARD_LOSSES, (RewardLoss,)),
+    (ADVANTAGES, (PpoAdvantage, GroupAdvantage)),
+    (POLICY_LOSSES, (PolicyLoss,)),
+    (VALUE_LOSSES, (PpoValueLoss,)),
+    (KL_CONTROLLERS, (KlController, PenaltyController)),
+    (RULES, (Reward,)),
+]
+NOT_A_RULE = {"model", "process", "http"}  # rewards of modules of their own: no function of rows and answers
 # registries whose entries are chosen by one field and share its block's other options
 BY_FIELD: list[tuple[Registry, type[Block], str, set[str]]] = [
     (KL_ESTIMATORS, KlBlock, "estimator", set()),
     (KL_ESTIMATORS, GRPOKlBlock, "estimator", set()),
     (SCHEDULES, OptimBlock, "schedule", {"warmup", "min_lr_ratio"}),
 ]
-ENTRIES = [entry for registry in [*BY_NAME, *BY_KIND, KL_ESTIMATORS, SCHEDULES] for entry in registry]
-NOT_A_RULE = {"model"}  # a reward of its own module: a model, not a function
+BY_CHOICE = [
+    pytest.param(registry, entry, id=f"{registry.kind} {entry.name}") for registry, _ in CHOICES for entry in registry
+]
+ENTRIES = [entry for registry, _ in CHOICES for entry in registry]
+ENTRIES += [entry for registry in (KL_ESTIMATORS, SCHEDULES, AGGREGATIONS) for entry in registry]
 
 
-def blocks(field: str) -> dict[str, type[Block]]:
-    """The option blocks of the recipe by the value of the field that chooses them."""
+def by_name(entry: Entry) -> str:
+    return entry.name
+
+
+def tag_of(block: type[Block]) -> str:
+    """The field that chooses a block."""
+    return "name" if "name" in block.model_fields else "kind"
+
+
+def blocks_of(registry: Registry) -> dict[str, type[Block]]:
+    """The option blocks that choose from a registry, by what is written in the recipe."""
+    (choices,) = [choices for each, choices in CHOICES if each is registry]
     found: dict[str, type[Block]] = {}
-    for block in vars(recipe_options).values():
-        if inspect.isclass(block) and issubclass(block, Block) and field in block.model_fields:
-            (name,) = get_args(block.model_fields[field].annotation)
-            assert name not in found, f"two blocks choose {name}"
-            assert block.model_fields[field].default == name
-            found[name] = block
+    for block in [block for choice in choices for block in shape_of(choice).blocks]:
+        (name,) = get_args(block.model_fields[tag_of(block)].annotation)
+        assert found.get(name, block) is block, f"two blocks choose {name}"
+        assert block.model_fields[tag_of(block)].default == name
+        found[name] = block
     return found
 
 
@@ -62,9 +98,15 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     }
 
 
-def defaults(entry: Entry) -> dict[str, Any]:
+def arguments(block: type[Block]) -> set[str]:
+    """The fields of a block that are meant for its function: not its name, its weight, or a block inside it."""
+    inner = {name for name, option in options(block).items() if option.shape.blocks}
+    return set(block.model_fields) - {"name", "kind", "weight"} - inner
+
+
+def defaults(registry: Registry, entry: Entry) -> dict[str, Any]:
     """The options of an entry as a recipe that says nothing about them has them."""
-    block = {**blocks("name"), **blocks("kind")}[entry.name]
+    block = blocks_of(registry)[entry.name]
     given = {"function": __file__ + ":rate"} if block is FunctionReward else {}
     return block(**given).model_dump(include=set(options_of(entry.function)))
 
@@ -73,16 +115,28 @@ def rate(rows: list[dict[str, Any]], answers: list[str]) -> list[float]:
     return [float(len(answer)) for answer in answers]
 
 
-@pytest.mark.parametrize(("field", "registries"), [("name", BY_NAME), ("kind", BY_KIND)])
-def test_every_entry_has_a_block_and_every_block_an_entry(field: str, registries: list[Registry]) -> None:
-    registered = [name for registry in registries for name in registry.names()]
-    assert sorted(registered) == sorted(set(blocks(field)) - NOT_A_RULE)
+# --- both sides -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("entry", [e for r in [*BY_NAME, *BY_KIND] for e in r], ids=lambda e: e.name)
-def test_a_blocks_fields_are_the_functions_options(entry: Entry) -> None:
-    block = {**blocks("name"), **blocks("kind")}[entry.name]
-    assert set(block.model_fields) - {"name", "kind", "weight"} == set(options_of(entry.function))
+@pytest.mark.parametrize("registry", [registry for registry, _ in CHOICES], ids=lambda r: r.kind)
+def test_every_entry_has_a_block_and_every_block_an_entry(registry: Registry) -> None:
+    expected = set(blocks_of(registry)) - (NOT_A_RULE if registry is RULES else set())
+    assert sorted(registry.names()) == sorted(expected)
+
+
+def test_every_block_with_a_name_can_be_chosen() -> None:
+    declared = {
+        block
+        for module in (pair_options, policy_options, reward_options)
+        for block in vars(module).values()
+        if inspect.isclass(block) and issubclass(block, Block) and {"name", "kind"} & set(block.model_fields)
+    }
+    assert declared == {block for registry, _ in CHOICES for block in blocks_of(registry).values()}
+
+
+@pytest.mark.parametrize(("registry", "entry"), BY_CHOICE)
+def test_a_blocks_fields_are_the_functions_options(registry: Registry, entry: Entry) -> None:
+    assert arguments(blocks_of(registry)[entry.name]) == set(options_of(entry.function))
 
 
 @pytest.mark.parametrize(("registry", "block", "field", "shared"), BY_FIELD)
@@ -94,8 +148,16 @@ def test_a_fields_choices_are_the_registered_names(
     assert all(set(options_of(entry.function)) == shared for entry in registry)
 
 
-def test_score_processing_takes_the_scores_block() -> None:
-    assert set(options_of(process_scores)) == set(ScoresBlock.model_fields)
+@pytest.mark.parametrize("recipe", [OnlineRecipe, PPORecipe, GRPORecipe])
+def test_aggregations_are_the_recipes_and_have_a_denominator(recipe: type[Block]) -> None:
+    assert list(get_args(recipe.model_fields["aggregation"].annotation)) == AGGREGATIONS.names() == list(DENOMINATORS)
+    assert set(DENOMINATORS.values()) == {"tokens", "sequences"}
+    assert all(set(options_of(entry.function)) == {"length"} for entry in AGGREGATIONS)
+
+
+def test_score_processing_takes_the_scores_block_in_its_order() -> None:
+    elsewhere = ("normalise", "drop_unfinished")  # need the scores of earlier rollouts, or the mask
+    assert list(options_of(process_scores)) == [name for name in ScoresBlock.model_fields if name not in elsewhere]
 
 
 @pytest.mark.parametrize("function", [*(entry.function for entry in ENTRIES), process_scores], ids=lambda f: f.__name__)
@@ -104,72 +166,63 @@ def test_no_default_stands_in_a_signature(function: Callable[..., Any]) -> None:
     assert all(parameter.default is inspect.Parameter.empty for parameter in parameters)
 
 
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", ENTRIES, ids=by_name)
 def test_every_entry_has_a_paper_and_a_summary(entry: Entry) -> None:
     assert len(entry.paper) > 5 and entry.summary.endswith((".", "]"))
+    assert set(entry.inputs) | set(options_of(entry.function)) == set(inspect.signature(entry.function).parameters)
 
 
-@pytest.mark.parametrize("entry", PREFERENCE_LOSSES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", ADVANTAGES, ids=by_name)
+def test_what_an_estimator_asks_of_the_recipe_is_what_its_inputs_need(entry: Entry) -> None:
+    block = blocks_of(ADVANTAGES)[entry.name]
+    assert issubclass(block, Estimator)
+    assert block.needs_critic is ("values" in entry.inputs)
+    assert block.needs_greedy is ("greedy_scores" in entry.inputs)
+    assert block.needs_steps is ("step_scores" in entry.inputs)
+    assert block.per_token is bool({"rewards", "step_scores"} & set(entry.inputs))
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", PREFERENCE_LOSSES, ids=by_name)
 def test_preference_losses_are_finite_per_pair_and_prefer_the_chosen(entry: Entry) -> None:
     torch.manual_seed(0)
     sums = [(-20 * torch.rand(8, dtype=torch.float64)).requires_grad_() for _ in range(2)]
     lengths = torch.full((8,), 10)
     # the reference is the policy: wherever a loss has its minimum, it is on the chosen side of here
-    losses = entry.function(PairLogprobs(*sums, *(s.detach() for s in sums), lengths, lengths), **defaults(entry))
+    pairs = PairLogprobs(*sums, *(s.detach() for s in sums), lengths, lengths)
+    losses = entry.function(pairs, **defaults(PREFERENCE_LOSSES, entry))
     chosen, rejected = torch.autograd.grad(losses.sum(), sums)
     assert losses.shape == (8,) and losses.isfinite().all()
     assert (chosen < 0).all() and (rejected > 0).all()
 
 
-@pytest.mark.parametrize("entry", REWARD_LOSSES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", REWARD_LOSSES, ids=by_name)
 def test_reward_losses_are_finite_per_pair_and_prefer_the_chosen(entry: Entry) -> None:
     torch.manual_seed(0)
     chosen = torch.randn(8, dtype=torch.float64).requires_grad_()
     rejected = chosen.detach().clone().requires_grad_()
-    losses = entry.function(chosen, rejected, torch.zeros(8), **defaults(entry))
+    losses = entry.function(chosen, rejected, torch.zeros(8), **defaults(REWARD_LOSSES, entry))
     up, down = torch.autograd.grad(losses.sum(), [chosen, rejected])
     assert losses.shape == (8,) and losses.isfinite().all()
     assert (up < 0).all() and (down > 0).all()
 
 
-@pytest.mark.parametrize("entry", POLICY_LOSSES, ids=lambda e: e.name)
-def test_policy_losses_are_finite_per_token_and_follow_the_advantage(entry: Entry) -> None:
-    torch.manual_seed(0)
-    old, advantages = -torch.rand(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
-    logprobs = old.clone().requires_grad_()
-    mask = torch.arange(6) < torch.tensor([[6], [1], [3], [0]])
-    losses, clipped = entry.function(logprobs, old, advantages, mask, **defaults(entry))
-    (grad,) = torch.autograd.grad(losses.sum(), logprobs)
-    assert losses.shape == clipped.shape == (4, 6) and losses.isfinite().all() and clipped.dtype == torch.bool
-    assert (losses[~mask] == 0).all() and not clipped[~mask].any() and (grad[~mask] == 0).all()
-    assert torch.equal(grad[mask].sign(), -advantages[mask].sign())
-
-
-@pytest.mark.parametrize("entry", VALUE_LOSSES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", VALUE_LOSSES, ids=by_name)
 def test_value_losses_are_finite_per_token_and_move_towards_the_return(entry: Entry) -> None:
     torch.manual_seed(0)
     old, returns = torch.randn(4, 6, dtype=torch.float64), torch.randn(4, 6, dtype=torch.float64)
     values = old.clone().requires_grad_()
     mask = torch.arange(6) < torch.tensor([[6], [1], [3], [0]])
-    losses, clipped = entry.function(values, old, returns, mask, **defaults(entry))
+    losses, clipped = entry.function(values, old, returns, mask, **defaults(VALUE_LOSSES, entry))
     (grad,) = torch.autograd.grad(losses.sum(), values)
     assert losses.shape == clipped.shape == (4, 6) and losses.isfinite().all() and clipped.dtype == torch.bool
     assert (losses[~mask] == 0).all() and not clipped[~mask].any() and (grad[~mask] == 0).all()
     assert torch.equal(grad[mask].sign(), (old - returns)[mask].sign())
 
 
-@pytest.mark.parametrize("entry", ADVANTAGES, ids=lambda e: e.name)
-def test_advantages_are_finite_and_shaped_like_what_they_judge(entry: Entry) -> None:
-    torch.manual_seed(0)
-    judged, values = torch.randn(4, 6), torch.randn(4, 6)
-    is_per_token = "mask" in inspect.signature(entry.function).parameters
-    inputs = (judged, values, torch.rand(4, 6) < 0.7) if is_per_token else (judged,)
-    result = entry.function(*inputs, **defaults(entry))
-    for found in result if is_per_token else (result,):
-        assert found.shape == (4, 6) and found.isfinite().all() and found.dtype == torch.float32
-
-
-@pytest.mark.parametrize("entry", KL_ESTIMATORS, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", KL_ESTIMATORS, ids=by_name)
 def test_kl_estimators_are_finite_and_0_at_the_reference(entry: Entry) -> None:
     torch.manual_seed(0)
     logprobs = -10 * torch.rand(3, 5)
@@ -178,15 +231,29 @@ def test_kl_estimators_are_finite_and_0_at_the_reference(entry: Entry) -> None:
     assert found.shape == (3, 5) and found.isfinite().all()
 
 
-@pytest.mark.parametrize("entry", RULES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", KL_CONTROLLERS, ids=by_name)
+def test_kl_controllers_hold_at_the_target_and_never_turn_the_wrong_way(entry: Entry) -> None:
+    chosen = defaults(KL_CONTROLLERS, entry)
+    target = chosen.get("target", 1.0)
+    assert entry.function(0.25, target, 512, **chosen) == 0.25
+    found = [entry.function(0.25, share * target, 512, **chosen) for share in (0, 0.1, 0.5, 0.9, 1, 1.1, 2, 10, 1e6)]
+    assert found == sorted(found) and 0.1 < found[0] <= 0.25 <= found[-1] < 1
+    # the coefficient is the unit: what it was multiplied with does not depend on it
+    assert entry.function(2.5, 3 * target, 512, **chosen) == pytest.approx(
+        10 * entry.function(0.25, 3 * target, 512, **chosen)
+    )
+    assert entry.function(0.0, 3 * target, 512, **chosen) == 0
+
+
+@pytest.mark.parametrize("entry", RULES, ids=by_name)
 def test_rules_score_every_answer_with_their_default_options(entry: Entry) -> None:
     rows = [{"row": i, "answer": f"#### {i}"} for i in range(4)]
-    scores = entry.function(rows, ["#### 0", "", "no\ufffd", "#### 3"], **defaults(entry))
+    scores = entry.function(rows, ["#### 0", "", "no\ufffd", "#### 3"], **defaults(RULES, entry))
     assert len(scores) == 4 and all(isinstance(score, float) for score in scores)
 
 
-@pytest.mark.parametrize("entry", SCHEDULES, ids=lambda e: e.name)
+@pytest.mark.parametrize("entry", SCHEDULES, ids=by_name)
 def test_schedules_are_factors_of_the_step(entry: Entry) -> None:
-    options = {name: OptimBlock.model_fields[name].default for name in options_of(entry.function)}
-    factors = [entry.function(step, 50, **options) for step in range(51)]
+    chosen = {name: OptimBlock.model_fields[name].default for name in options_of(entry.function)}
+    factors = [entry.function(step, 50, **chosen) for step in range(51)]
     assert all(0 < factor <= 1 for factor in factors) and max(factors) == 1

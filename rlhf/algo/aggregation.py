@@ -24,23 +24,23 @@ DENOMINATORS = {
 
 @AGGREGATIONS.register("token_mean", paper="arXiv:2503.14476 sec. 3.3 (DAPO)")
 def token_mean(losses: Tensor, mask: Tensor, *, length: int) -> Tensor:
-    """Sum over all response tokens, (B, R) -> (), per token: long answers weigh more."""
+    """Sum over all response tokens, divided by `tokens`: long answers weigh more. (B, R) -> ()."""
     return masked_sum(losses, mask)
 
 
 @AGGREGATIONS.register("sequence_mean", paper="arXiv:2402.03300 eq. 3 (GRPO)")
 def sequence_mean(losses: Tensor, mask: Tensor, *, length: int) -> Tensor:
-    """Sum over answers of the mean over each one's tokens, (B, R) -> (), per answer: tokens of long ones weigh less."""
+    """Sum over answers of the mean over their tokens, divided by `sequences`: answers weigh the same. (B, R) -> ()."""
     return row_means(losses, mask).sum()
 
 
 @AGGREGATIONS.register("sequence_sum", paper="Williams 1992, doi:10.1007/BF00992696 (REINFORCE)")
 def sequence_sum(losses: Tensor, mask: Tensor, *, length: int) -> Tensor:
-    """Sum over all response tokens, (B, R) -> (), per answer: the policy gradient as derived, of the length's size."""
+    """Sum over all response tokens, divided by `sequences`: the policy gradient as derived. (B, R) -> ()."""
     return masked_sum(losses, mask)
 
 
 @AGGREGATIONS.register("constant", paper="arXiv:2503.20783 (Dr. GRPO)")
 def constant(losses: Tensor, mask: Tensor, *, length: int) -> Tensor:
-    """Sum over all response tokens / length, (B, R) -> (), per answer: `sequence_sum` at the size of a mean."""
+    """Sum over all response tokens / length, divided by `sequences`: a mean without a bias by length. (B, R) -> ()."""
     return masked_sum(losses, mask) / length

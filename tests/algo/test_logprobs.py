@@ -182,6 +182,42 @@ def test_entropy_has_the_right_gradient() -> None:
     assert torch.autograd.gradcheck(entropy, (logits,))
 
 
+@pytest.mark.parametrize("options", OPTIONS)
+def test_entropy_of_the_sampled_distribution_has_a_finite_gradient(options: dict[str, float]) -> None:
+    torch.manual_seed(9)
+    logits = (torch.randn(5, 9, dtype=torch.float64) * 2).requires_grad_()
+
+    def ours(z: Tensor) -> Tensor:
+        scaled = scale_logits(z, temperature=options["temperature"])
+        return entropy(truncate_logits(scaled, top_k=options["top_k"], top_p=options["top_p"]))
+
+    found = ours(logits)
+    (grad,) = torch.autograd.grad(found.sum(), logits)
+    assert found.isfinite().all() and grad.isfinite().all()
+    for row in range(5):
+        # the definition, on the kept tokens alone
+        z = (logits[row] / options["temperature"]).detach()
+        kept = sorted(kept_by_hand(z.tolist(), options["top_k"], options["top_p"]))
+        inside = logits.detach()[row, kept].requires_grad_()
+        probs = (inside / options["temperature"]).softmax(-1)
+        expected = -(probs * probs.log()).sum()
+        assert abs(float((found[row] - expected).detach())) < 1e-12
+        wanted = torch.zeros(9, dtype=torch.float64)
+        wanted[kept] = torch.autograd.grad(expected, inside)[0]
+        torch.testing.assert_close(grad[row], wanted, atol=1e-12, rtol=0)
+    assert torch.autograd.gradcheck(ours, (logits,))
+
+
+def test_the_gradient_of_the_entropy_is_finite_at_its_ends_and_in_narrow_types() -> None:
+    one = torch.tensor([[3.0, -torch.inf, -torch.inf], [1e4, -1e4, -torch.inf]], requires_grad=True)
+    found = entropy(one)
+    (grad,) = torch.autograd.grad(found.sum(), one)
+    assert found.tolist() == [0, 0] and (grad == 0).all()
+    narrow = torch.randn(3, 8).bfloat16().requires_grad_()
+    (grad,) = torch.autograd.grad(entropy(truncate_logits(narrow.float(), top_k=3, top_p=0.9)).sum(), narrow)
+    assert grad.dtype == torch.bfloat16 and grad.isfinite().all()
+
+
 def test_sequence_logprobs_sum_the_mask() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -torch.inf], [-4.0, -torch.inf, -torch.inf]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)

@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlhf.algo.masked import Moments, masked_mean, masked_sum, moments, row_means, row_sums, select, whiten
+from rlhf.algo.masked import (
+    Moments,
+    masked_mean,
+    masked_sum,
+    moments,
+    row_means,
+    row_sums,
+    select,
+    whiten,
+    whiten_keeping_mean,
+)
 
 X = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0], [7.0, 8.0, 9.0]], dtype=torch.float64)
 MASK = torch.tensor([[1, 1, 0], [0, 1, 0], [0, 0, 0]], dtype=torch.bool)
@@ -76,3 +86,14 @@ def test_two_halves_whitened_with_shared_moments_are_the_whole_whitened() -> Non
     shared = moments(x[:2], mask[:2]) + moments(x[2:], mask[2:])
     halves = [whiten(x[rows], mask[rows], shared, unbiased=True) for rows in (slice(0, 2), slice(2, 6))]
     torch.testing.assert_close(torch.cat(halves), whole, atol=1e-12, rtol=0)
+
+
+def test_whitening_can_leave_the_mean_where_it_is() -> None:
+    torch.manual_seed(3)
+    x, mask = 5 * torch.randn(6, 9, dtype=torch.float64) - 2, torch.rand(6, 9) < 0.7
+    y = whiten_keeping_mean(torch.where(mask, x, torch.nan), mask, moments(x, mask), unbiased=True)
+    assert abs(float(y[mask].mean() - x[mask].mean())) < 1e-12
+    assert abs(float(y[mask].var()) - 1) < 1e-6
+    assert (y[~mask] == 0).all()
+    torch.testing.assert_close(y[mask] - x[mask].mean(), (x[mask] - x[mask].mean()) / x[mask].std(), atol=1e-6, rtol=0)
+    assert whiten_keeping_mean(x.bfloat16(), mask, moments(x, mask), unbiased=True).dtype == torch.float32
