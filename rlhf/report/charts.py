@@ -15,7 +15,7 @@ from typing import Any
 from rlhf.report.tags import Markup
 
 _COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#db2777", "#0891b2", "#ca8a04", "#4b5563")
-_BAD = "#dc2626"
+_BAD, _ALARM, _LEVEL = "#dc2626", "#d97706", "#64748b"
 _MOST_POINTS = 800
 _SMOOTH_FROM = 40  # points; longer curves are drawn pale with a moving average over them
 
@@ -30,18 +30,47 @@ class Chart:
     least: int = 1  # metrics below which the chart would only repeat another one
     points: bool = False  # no line: the order of the points means nothing
     log: bool = False  # logarithmic where the values span more than a factor of 30
+    against_distance: bool = False  # over the square root of the KL to the reference instead of the step
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What is drawn beside the curves."""
+
+    gaps: Sequence[int] = ()  # steps without a finite value, in red
+    alarms: Sequence[int] = ()  # steps at which an alarm was on, in amber
+    level: float | None = None  # a target, as a dashed line
+
+
+NO_MARKS = Marks()
+ALARM = "alarm/"
 
 
 # Ordered as one reads a run: is it learning, at what price, is it healthy, how fast.
 CHARTS: tuple[Chart, ...] = (
     Chart("Loss", ("train/loss", "eval/loss"), "nats"),
     Chart("Reward", ("reward/score_mean",), "score"),
+    Chart("Reward that is not learned from", ("test/score_mean",), "score"),
+    Chart("Train score and test score", ("test/train_shift", "test/shift"), "deviations at the start"),
+    Chart(
+        "Train score ahead of test score", ("test/gap",), "deviations at the start", points=True, against_distance=True
+    ),
     Chart(
         "Parts of the reward",
-        ("reward/model*", "reward/exact*", "reward/numeric*", "reward/format*", "reward/length*", "reward/function*"),
+        (
+            "reward/model*",
+            "reward/exact*",
+            "reward/numeric*",
+            "reward/format*",
+            "reward/length*",
+            "reward/function*",
+            "reward/process*",
+            "reward/http*",
+        ),
         "score",
         least=2,
     ),
+    Chart("Parts of the reward that is not learned from", ("test/*",), "score", least=2),
     Chart("Spread of the reward", ("reward/score_std",), "score"),
     Chart("Accuracy", ("train/accuracy", "eval/accuracy"), "share of pairs"),
     Chart("Margin, chosen over rejected", ("train/margin", "eval/margin"), "score"),
@@ -49,13 +78,16 @@ CHARTS: tuple[Chart, ...] = (
     Chart("Implicit rewards", ("train/reward_*",), "nats x beta"),
     Chart("Log-probability of the answers", ("train/logprobs_*",), "nats per answer"),
     Chart("Distance to the reference (KL)", ("rollout/kl_ref",), "nats per answer"),
+    Chart("Weight of the KL", ("kl/coef",), ""),
     Chart("KL term of the loss", ("policy/kl_loss",), "nats per token"),
     Chart("Length of the answers", ("rollout/length_mean",), "tokens"),
+    Chart("Answers that another one repeats", ("rollout/repeated",), "share"),
     Chart("Answers that end by themselves", ("rollout/finished",), "share"),
     Chart("Entropy of the policy", ("policy/entropy",), "nats per token"),
     Chart("Policy loss", ("policy/loss",), ""),
     Chart("Clipped updates", ("policy/clipfrac", "value/clipfrac"), "share of tokens"),
     Chart("Change of the policy per step", ("policy/approx_kl",), "nats per token"),
+    Chart("Supervised loss mixed in", ("ptx/loss",), "nats per token"),
     Chart("Value loss", ("value/loss",), ""),
     Chart("Explained variance of the critic", ("value/explained_variance",), "share"),
     Chart("Values and returns", ("value/mean", "value/return_mean"), "score"),
@@ -78,8 +110,11 @@ class Planned:
 
 
 def plan(names: Sequence[str]) -> tuple[list[Planned], list[str]]:
-    """The charts of a stage, and the metrics that no chart asks for. A metric goes to the first chart that wants it."""
-    left = list(names)
+    """The charts of a stage, and the metrics that no chart asks for. A metric goes to the first chart that wants it.
+
+    Alarms are no curves: they are marked in those of the metrics they look at.
+    """
+    left = [name for name in names if not name.startswith(ALARM)]
     planned = []
     for chart in CHARTS:
         mine = [name for name in left if any(fnmatchcase(name, pattern) for pattern in chart.patterns)]
@@ -120,10 +155,10 @@ def draw(
     chart: Chart,
     curves: Mapping[str, Sequence[tuple[float, float]]],
     place: str,
-    gaps: Sequence[int] = (),
+    marks: Marks = NO_MARKS,
     x_label: str = "step",
 ) -> Markup:
-    """An SVG of the curves. `gaps`: steps without a finite value, marked in red.
+    """An SVG of the curves, with marks beside them.
 
     place: where the drawing stands; equal drawings at two places of a page need ids of their own.
     """
@@ -140,8 +175,7 @@ def draw(
         _dress(axes, chart, x_label)
         for number, (name, series) in enumerate(curves.items()):
             _curve(axes, _label(name, curves), series, _COLOURS[number % len(_COLOURS)], points=chart.points)
-        for step in gaps:
-            axes.axvline(step, color=_BAD, linewidth=0.8, alpha=0.5)
+        _mark(axes, marks)
         values = [value for series in curves.values() for _, value in series]
         if chart.log and min(values) > 0 and max(values) > 30 * min(values):
             axes.set_yscale("log")
@@ -179,6 +213,14 @@ def _curve(axes: Any, label: str, series: Sequence[tuple[float, float]], colour:
         steps, values = map(list, zip(*thin(list(zip(steps, smooth, strict=True))), strict=True))
     marker = "o" if len(series) <= 12 else None
     axes.plot(steps, values, color=colour, linewidth=1.5, marker=marker, markersize=3, label=label)
+
+
+def _mark(axes: Any, marks: Marks) -> None:
+    for steps, colour in ((marks.alarms, _ALARM), (marks.gaps, _BAD)):
+        for step in steps:
+            axes.axvline(step, color=colour, linewidth=0.8, alpha=0.5)
+    if marks.level is not None:
+        axes.axhline(marks.level, color=_LEVEL, linewidth=1.0, linestyle="--")
 
 
 def _label(name: str, curves: Collection[str]) -> str:

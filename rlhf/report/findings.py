@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from rlhf.recipe.guard_options import GuardsBlock
+from rlhf.report.charts import ALARM, moving_average
 from rlhf.report.collect import Series, StagePage, pick
 
 _ENOUGH = 5  # points; a shorter curve says nothing
+_FALL = 0.25  # deviations of the scores at the start; below it is noise
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Finding:
 
 def findings(stage: StagePage) -> list[Finding]:
     """Everything worth a look in one stage, the worst first."""
-    found = [*_state(stage), *_gaps(stage), *_data(stage)]
+    found = [*_state(stage), *_gaps(stage), *_data(stage), *_alarms(stage), *_over_optimised(stage)]
     for metric, rule in RULES:
         if metric in stage.series and len(stage.series[metric]) >= _ENOUGH and (text := rule(stage.series[metric])):
             found.append(Finding(text))
@@ -55,6 +58,45 @@ def _data(stage: StagePage) -> Iterator[Finding]:
         if read and dropped and sum(dropped.values()) > 0.1 * read:
             reasons = ", ".join(f"{count} {reason}" for reason, count in dropped.items())
             yield Finding(f"{sum(dropped.values()) / read:.0%} of {pick(source, 'path', str)} was dropped: {reasons}")
+
+
+def _alarms(stage: StagePage) -> Iterator[Finding]:
+    for name, field in GuardsBlock.model_fields.items():
+        if ALARM + name in stage.series:
+            guard = type(field.default)
+            on = [step for step, _ in stage.series[ALARM + name]]
+            recorded = [step for step, _ in stage.series[guard.metric]] if guard.metric in stage.series else on
+            text = (guard.__doc__ or "").rstrip(".")
+            yield Finding(f"{text}: alarm {name} at step {stretches(on, recorded)}, look at {guard.metric}")
+
+
+def stretches(steps: Sequence[int], recorded: Sequence[int]) -> str:
+    """Steps as stretches without a gap among the recorded ones: [3, 4, 5, 9] of 1 to 10 are "3 to 5, 9"."""
+    place = {step: number for number, step in enumerate(sorted({*recorded, *steps}))}
+    runs: list[list[int]] = []
+    for step in sorted(set(steps)):
+        if runs and place[step] == place[runs[-1][1]] + 1:
+            runs[-1][1] = step
+        else:
+            runs.append([step, step])
+    return ", ".join(str(first) if first == last else f"{first} to {last}" for first, last in runs)
+
+
+def _over_optimised(stage: StagePage) -> Iterator[Finding]:
+    """The test score has fallen from its peak while the train score went on rising. [arXiv:2210.10760]"""
+    both = [dict(stage.series[name]) if name in stage.series else {} for name in ("test/train_shift", "test/shift")]
+    steps = sorted(both[0].keys() & both[1].keys())
+    if len(steps) < _ENOUGH:
+        return
+    width = max(3, len(steps) // 10)
+    train, test = (moving_average([values[step] for step in steps], width) for values in both)
+    peak = max(range(len(steps)), key=lambda i: test[i])
+    if test[-1] < test[peak] - _FALL and train[-1] > train[peak]:
+        yield Finding(
+            f"the test score fell from {test[peak]:.2f} around step {steps[peak]} to {test[-1]:.2f} while the train"
+            f" score rose from {train[peak]:.2f} to {train[-1]:.2f} (deviations at the start): the policy exploits the"
+            " reward; stop earlier, raise kl.coef, or train the reward on newer answers"
+        )
 
 
 # --- curves --------------------------------------------------------------------------------------------------------

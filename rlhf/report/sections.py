@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from rlhf.report.charts import Chart, Planned, draw, plan
+from rlhf.recipe.guard_options import metric_of_alarms
+from rlhf.report.charts import ALARM, Chart, Marks, Planned, draw, plan
 from rlhf.report.collect import RunPage, SampleGroup, Series, StagePage, as_json, pick
 from rlhf.report.findings import Finding
 from rlhf.report.tags import Child, Markup, tag
@@ -182,10 +184,31 @@ def _curves(stage: StagePage) -> list[Markup]:
 def chart(stage: StagePage, planned: Planned) -> Markup:
     """One chart with its title and the last value of its first curve."""
     curves = {name: stage.series[name] for name in planned.names}
-    gaps = sorted({step for name in planned.names if name in stage.gaps for step in stage.gaps[name]})
     before, after = curves[planned.names[0]][0][1], curves[planned.names[0]][-1][1]
     change = f"{before:.4g} → {after:.4g}" if len(curves[planned.names[0]]) > 1 else f"{after:.4g}"
-    return _figure(planned.chart.title, change, draw(planned.chart, curves, stage.summary.name, gaps))
+    if planned.chart.against_distance and "rollout/kl_ref" in stage.series:
+        distances = [(step, math.sqrt(max(0.0, kl))) for step, kl in stage.series["rollout/kl_ref"]]
+        paths = {name: points for name, series in curves.items() if (points := _against(distances, series))}
+        if paths:
+            drawing = draw(planned.chart, paths, stage.summary.name, x_label="√ KL to the reference, √ nats per answer")
+            return _figure(planned.chart.title, change, drawing)
+    return _figure(planned.chart.title, change, draw(planned.chart, curves, stage.summary.name, _marks(stage, planned)))
+
+
+def _marks(stage: StagePage, planned: Planned) -> Marks:
+    gaps = {step for name in planned.names if name in stage.gaps for step in stage.gaps[name]}
+    looking = [ALARM + alarm for alarm, metric in metric_of_alarms().items() if metric in planned.names]
+    alarms = {step for name in looking if name in stage.series for step, _ in stage.series[name]}
+    level = kl_target(stage) if "rollout/kl_ref" in planned.names else None
+    return Marks(sorted(gaps), sorted(alarms), level)
+
+
+def kl_target(stage: StagePage) -> float | None:
+    """The KL, in nats per answer, that an adaptive weight of the KL steers to; None where the weight is fixed."""
+    recipe = pick(pick(stage.provenance, "inputs", dict), "recipe", dict)
+    controller = pick(pick(recipe, "kl", dict), "controller", dict)
+    target = pick(controller, "target", float) if pick(controller, "name", str) == "adaptive" else None
+    return target if target is not None and math.isfinite(target) else None
 
 
 def _figure(title: str, note: str, drawing: Markup) -> Markup:

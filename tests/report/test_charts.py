@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from rlhf.report.charts import CHARTS, Chart, draw, is_noisy, moving_average, plan, thin
+from rlhf.report.charts import CHARTS, Chart, Marks, draw, is_noisy, moving_average, plan, thin
 
 LOSS = CHARTS[0]
 
@@ -61,10 +61,27 @@ def test_drawing_is_reproducible_and_ids_are_its_own():
     assert set(re.findall(r'href="#([^"]+)"', first)) <= ids[0]
 
 
-def test_gaps_are_marked():
+def test_gaps_alarms_and_targets_are_marked():
     curves = {"train/loss": [(1, 3.0), (5, 2.5)]}
-    assert draw(LOSS, curves, "sft", gaps=[3]).count("#dc2626") == 1
-    assert "#dc2626" not in draw(LOSS, curves, "sft")
+    red, amber, dashed = "#dc2626", "#d97706", "stroke-dasharray"
+    svg = draw(LOSS, curves, "sft", Marks(gaps=[3], alarms=[2, 4], level=2.75))
+    assert (svg.count(red), svg.count(amber), svg.count(dashed)) == (1, 2, 1)
+    plain = draw(LOSS, curves, "sft")
+    assert not any(mark in plain for mark in (red, amber, dashed))
+
+
+def test_alarms_are_no_curves():
+    planned, others = plan(["alarm/kl_spike", "rollout/kl_ref", "my/own"])
+    assert [each.names for each in planned] == [["rollout/kl_ref"]] and others == ["my/own"]
+
+
+def test_test_scores_have_charts_of_their_own():
+    names = ["test/score_mean", "test/model", "test/train_shift", "test/shift", "test/gap"]
+    planned, others = plan(names)
+    assert [each.names for each in planned] == [["test/score_mean"], ["test/train_shift", "test/shift"], ["test/gap"]]
+    assert planned[2].chart.against_distance and others == []
+    planned, _ = plan([*names, "test/numeric"])
+    assert ["test/model", "test/numeric"] in [each.names for each in planned], "parts, where there are several"
 
 
 def test_names_from_files_cannot_become_markup_or_formulas():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rlhf.report.collect import StagePage
-from rlhf.report.findings import RULES, Finding, ends, findings
+from rlhf.report.findings import RULES, Finding, ends, findings, stretches
 from rlhf.run.stage import StageSummary
 
 CASES = {  # metric -> (a curve to warn of, a curve that is fine, a word of the warning)
@@ -72,6 +72,43 @@ def test_worst_first():
     assert [finding.is_bad for finding in found] == [True, True, False]
     assert "policy/loss was not a finite number at step 4, 5, 6 and 1 more" in [finding.text for finding in found]
     assert any("sft has changed" in finding.text for finding in found)
+
+
+def test_an_alarm_is_told_with_its_steps():
+    series = {"rollout/kl_ref": curve([1.0] * 8), "alarm/kl_spike": [(3, 1.0), (4, 1.0), (5, 1.0), (8, 1.0)]}
+    (finding,) = findings(stage(series))
+    expected = "The policy has left the reference: alarm kl_spike at step 3 to 5, 8, look at rollout/kl_ref"
+    assert finding == Finding(expected)
+    (finding,) = findings(stage({"alarm/kl_spike": [(3, 1.0)], "alarm/of_another_version": [(3, 1.0)]}))
+    assert "at step 3, look" in finding.text
+
+
+def test_stretches():
+    assert stretches([3, 4, 5, 9], range(1, 11)) == "3 to 5, 9"
+    assert stretches([10, 20, 40], [10, 20, 30, 40]) == "10 to 20, 40"
+    assert stretches([7], []) == "7"
+
+
+RISING = [i / 10 for i in range(20)]
+TURNING = [min(i, 16 - i) / 10 for i in range(20)]  # 0.8 at step 9, -0.3 at the end
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "is_found"),
+    [
+        (RISING, TURNING, True),
+        (RISING, RISING, False),
+        (TURNING, TURNING, False),  # both fell
+        (RISING, [0.3 * value for value in TURNING[:14]] + [0.1] * 6, False),  # within the noise
+        (RISING[:4], TURNING[:4], False),
+    ],
+)
+def test_a_falling_test_score_is_found_while_the_train_score_rises(train, test, is_found):
+    found = findings(stage({"test/train_shift": curve(train), "test/shift": curve(test)}))
+    assert ["the test score fell" in finding.text for finding in found] == [True] * is_found
+    if is_found:  # windows of 3: the peak is (0.7 + 0.8 + 0.7) / 3, the end (-0.2 - 0.3) / 2
+        assert "from 0.73 around step 9 to -0.25" in found[0].text and "from 0.80 to 1.85" in found[0].text
+    assert findings(stage({"test/shift": curve(test)})) == []
 
 
 def test_dropped_rows():

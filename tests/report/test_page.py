@@ -11,7 +11,8 @@ import pytest
 from rlhf.report.collect import read_run
 from rlhf.report.diagram import depths, lineage_diagram
 from rlhf.report.page import render, write_report
-from rlhf.report.sections import duration
+from rlhf.report.sections import duration, kl_target
+from rlhf.run.commit import append_jsonl
 
 VOID = {"meta", "br", "hr"}
 
@@ -87,6 +88,49 @@ def test_complete_run(full_run):
     assert {"sft", "rm", "ppo", "grpo", "dpo", "ppo-kl0"} <= set(page.ids)
     assert text.count("<figure>") > 40
     assert re.search(r"<details open><summary>End of the log", text), "the log of a failed stage is in sight"
+
+
+ADAPTIVE = {"stage": "ppo", "recipe": {"kl": {"controller": {"name": "adaptive", "target": 4.5}}}}
+
+
+@pytest.mark.parametrize(
+    ("inputs", "target"),
+    [
+        (ADAPTIVE, 4.5),
+        ({"recipe": {"kl": {"controller": {"name": "fixed"}}}}, None),
+        ({"recipe": {"kl": {"controller": {"name": "ppo_penalty_beta", "target": 0.01}}}}, None),
+        ({"recipe": {"kl": {"controller": {"name": "adaptive", "target": "many"}}}}, None),
+        ({"recipe": {"kl": 3}}, None),
+        ({}, None),
+    ],
+)
+def test_alarms_over_optimisation_and_the_target_of_the_kl(make_stage, tmp_path, inputs, target):
+    stage = make_stage(tmp_path, "ppo", "ppo", steps=0)
+    for step in range(1, 13):
+        shifts = {"test/train_shift": step / 10, "test/shift": min(step, 12 - step) / 5, "test/gap": step / 10}
+        alarm = {"alarm/kl_spike": 1.0} if step in (7, 8) else {}
+        row = {"step": step, "rollout/kl_ref": step**2 - 2.0, "kl/coef": 0.1, "ptx/loss": 2.0, **shifts, **alarm}
+        append_jsonl(stage.metrics, row)
+    provenance = json.loads(stage.provenance.read_text())
+    stage.provenance.write_text(json.dumps({**provenance, "inputs": inputs}))
+    text = write_report(tmp_path).read_text()
+    page = checked(text)
+    words = " ".join(page.text)
+    for part in (
+        "alarm kl_spike at step 7 to 8, look at rollout/kl_ref",
+        "the test score fell from",
+        "Train score and test score",
+        "Train score ahead of test score",
+        "√ KL to the reference, √ nats per answer",
+        "Weight of the KL",
+        "Supervised loss mixed in",
+    ):
+        assert part in words, part
+    figures = {figure.partition("<span>")[0]: figure for figure in text.split("<figure><figcaption>")[1:]}
+    assert not any(caption.startswith("alarm/") for caption in figures)
+    distance = figures["Distance to the reference (KL)"]
+    assert distance.count("#d97706") == 2 and ("stroke-dasharray" in distance) == (target is not None)
+    assert kl_target(read_run(tmp_path).stages[0]) == target
 
 
 def test_page_is_a_function_of_the_run_directory(make_stage, tmp_path):
