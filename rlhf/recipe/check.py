@@ -15,6 +15,7 @@ from typing import Any
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FormatReward, FunctionReward, ModelReward
 from rlhf.recipe.schema import ModelRef, SourceBlock, ZeroBlock
+from rlhf.recipe.shared_rules import share_base
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
 
 Problems = Iterator[Problem]
@@ -338,7 +339,7 @@ COMMON: tuple[Rule, ...] = (
     templates,
     prompt_length,
 )
-ONLINE: tuple[Rule, ...] = (*COMMON, no_dropout, room_for_prompts, stop_texts, reward_options, minibatches)
+ONLINE: tuple[Rule, ...] = (*COMMON, no_dropout, room_for_prompts, stop_texts, reward_options, minibatches, share_base)
 
 RULES: dict[str, tuple[Rule, ...]] = {
     "sft": (*COMMON, eval_data, stop_texts),

@@ -18,6 +18,7 @@ from rlhf.rewards.scorer import Part, Scorer, model_part, rule_part
 from rlhf.train.job import Job
 from rlhf.train.objectives import bind
 from rlhf.train.reference import Reference
+from rlhf.train.shared import SharedRoles
 
 logger = logging.getLogger("rlhf.roles")
 
@@ -80,8 +81,11 @@ def is_same_start(job: Job) -> bool:
     return (recipe.reference.path, recipe.reference.revision) == (recipe.model.path, recipe.model.revision)
 
 
-def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
-    """All rewards of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2."""
+def scorer(job: Job, tokenizer: PreTrainedTokenizerFast, shared: SharedRoles | None) -> Scorer:
+    """All rewards of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2.
+
+    shared: the models that stand on the policy's base.
+    """
     recipe = job.recipe
     assert isinstance(recipe, OnlineRecipe)
     parts: dict[str, Part] = {}
@@ -89,7 +93,9 @@ def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
     for i, spec in enumerate(recipe.rewards):
         same = sum(other.kind == spec.kind for other in recipe.rewards[:i])
         name = f"{spec.kind}_{same + 1}" if same else spec.kind
-        if isinstance(spec, ModelReward):
+        if shared is not None and f"rewards.{i}" in shared.scores:
+            parts[name] = model_part(shared.scores[f"rewards.{i}"], recipe.train.micro_batch, shared.actor.device)
+        elif isinstance(spec, ModelReward):
             source = job.source(f"rewards.{i}", spec)
             setup = Setup.frozen(spec.dtype, recipe.model.attention)
             with sharded_loading(spec.zero, bf16=spec.dtype == "bf16"):

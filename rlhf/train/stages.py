@@ -33,6 +33,7 @@ from rlhf.train.online import OnlineCollector, Sampler
 from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
 from rlhf.train.samples import SampleWriter, shown_prompts
+from rlhf.train.shared import SharedRoles, shared_roles
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 
@@ -134,12 +135,15 @@ def ppo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Actor and critic; KL in the reward."""
     recipe = job.recipe
     assert isinstance(recipe, PPORecipe)
-    actor, critic = roles.policy_engine(job, tokenizer), roles.critic_engine(job, tokenizer)
+    shared = shared_roles(job, tokenizer) if recipe.share_base else None
+    actor = shared.actor if shared else roles.policy_engine(job, tokenizer)
+    critic = shared.critic if shared else roles.critic_engine(job, tokenizer)
+    assert critic is not None
     policy = PolicyObjective.from_blocks(
         actor, recipe.train, recipe.policy_loss, aggregation="token_mean", sampling=recipe.sampling, kl=None
     )
     value = ValueObjective.from_block(critic, recipe.critic, recipe.value_loss)
-    parts = _online(job, tokenizer, data, actor, critic, [policy, value], ppo_experience)
+    parts = _online(job, tokenizer, data, actor, critic, [policy, value], ppo_experience, shared)
     parts.published["critic"] = (critic, "value")
     return parts
 
@@ -148,7 +152,8 @@ def grpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """No critic: groups of answers are their own baseline; KL in the loss."""
     recipe = job.recipe
     assert isinstance(recipe, GRPORecipe)
-    actor = roles.policy_engine(job, tokenizer)
+    shared = shared_roles(job, tokenizer) if recipe.share_base else None
+    actor = shared.actor if shared else roles.policy_engine(job, tokenizer)
     policy = PolicyObjective.from_blocks(
         actor,
         recipe.train,
@@ -157,7 +162,7 @@ def grpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         sampling=recipe.sampling,
         kl=recipe.kl,
     )
-    return _online(job, tokenizer, data, actor, None, [policy], grpo_experience)
+    return _online(job, tokenizer, data, actor, None, [policy], grpo_experience, shared)
 
 
 ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
@@ -177,16 +182,17 @@ def _online(
     critic: Engine | None,
     objectives: list[Objective],
     to_experience: Callable[..., Any],
+    shared: SharedRoles | None,
 ) -> Parts:
     recipe = job.recipe
     assert isinstance(recipe, (PPORecipe, GRPORecipe))
-    scorer = roles.scorer(job, tokenizer)
+    scorer = roles.scorer(job, tokenizer, shared)
     collector = OnlineCollector(
         recipe,
         data.train,
         sampler(actor, tokenizer, recipe.sampling),
         actor,
-        roles.reference(job, tokenizer, actor),
+        shared.reference if shared else roles.reference(job, tokenizer, actor),
         scorer,
         critic,
         to_experience,
