@@ -28,7 +28,7 @@ ALLOWED = {
         "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe", "rlhf.algo.logprobs",
     },
     "rewards": {"torch", "rlhf.batch", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
-    "engine": {"deepspeed", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
+    "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "torch", "transformers", "wandb", "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine",
         "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards", "rlhf.run",

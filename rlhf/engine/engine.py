@@ -8,7 +8,7 @@ not depend on how the rows were spread.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,21 +32,41 @@ _ALLOWED_GLOBALS = {
 
 
 class Engine:
-    """A module that DeepSpeed shards. With `optim` it is trained, without it is frozen and in eval mode."""
+    """A module that DeepSpeed shards. With `optim` it is trained, without it is frozen and in eval mode.
+
+    Several engines may train parts of one module: each says which `role` the module plays when it is called through
+    the engine, and which parameters are `trained` for it. They must be all that the role's loss reaches: ZeRO-3 gives
+    a trained parameter without a gradient the one of the step before. beside: an engine that has the module already.
+    """
 
     def __init__(
-        self, module: nn.Module, zero_block: ZeroBlock, *, bf16: bool, optim: OptimBlock | None = None
+        self,
+        module: nn.Module,
+        zero_block: ZeroBlock,
+        *,
+        bf16: bool,
+        optim: OptimBlock | None = None,
+        role: str | None = None,
+        trained: Iterable[nn.Parameter] | None = None,
+        beside: Engine | None = None,
     ) -> None:
+        assert (role is None) == (trained is None), "a role and its parameters are named together"
         self.zero = zero_block
         self.optim = optim
+        self.role = role
         self._grad_norm = math.nan
+        self._all: list[Engine] = beside._all if beside is not None else []  # the engines of this module
+        self._all.append(self)
         if optim is None:
             module.requires_grad_(False)
+            self.trained: dict[str, nn.Parameter] = {}
             config = zero.frozen_config(zero_block, bf16=bf16)
             self._engine = deepspeed.initialize(model=module, config=config, dist_init_required=False)[0]
             self._engine.eval()  # returns None: never chain it
         else:
-            optimizer = _optimizer(module, optim)
+            own = {id(parameter) for parameter in trained or [p for p in module.parameters() if p.requires_grad]}
+            self.trained = {name: p for name, p in module.named_parameters() if id(p) in own}
+            optimizer = _optimizer(self.trained.values(), optim)
             optimizer.register_step_pre_hook(self._refuse_before_step if zero_block.stage else self._clip_before_step)
             config = zero.trained_config(zero_block, optim, bf16=bf16)
             self._engine = deepspeed.initialize(
@@ -65,12 +85,19 @@ class Engine:
         return self._engine.device
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.role is not None:
+            kwargs = {"role": self.role, **kwargs}
         return self._engine(*args, **kwargs)
 
     def num_elements(self) -> tuple[int, int]:
-        """(trained weights, all weights), counted whole whatever this rank holds."""
-        counts = [(p.requires_grad, zero.full_shape(p).numel()) for p in self.module.parameters()]
-        return sum(count for is_trained, count in counts if is_trained), sum(count for _, count in counts)
+        """(trained weights, all weights of the module), counted whole whatever this rank holds."""
+        trained, every = self.trained.values(), self.module.parameters()
+        return sum(zero.full_shape(p).numel() for p in trained), sum(zero.full_shape(p).numel() for p in every)
+
+    def enter(self) -> None:
+        """Put a module of several roles into this engine's role, for work that does not go through a call."""
+        if self.role is not None:
+            self.module.use(self.role)  # type: ignore[operator]
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -94,6 +121,7 @@ class Engine:
                 f"the loss is {total.item()} on rank {dist.rank()}",
                 fix="The weights were not changed. Lower train.lr, or look at the last rows of metrics.jsonl.",
             )
+        self.enter()  # checkpointed layers run once more
         # DeepSpeed averages gradients over ranks; the counts are global already, so the average is undone here.
         self._engine.backward(total * dist.world_size())
         return float(total.detach())
@@ -128,27 +156,35 @@ class Engine:
     def gathered(self) -> Iterator[nn.Module]:
         """The module with whole weights and no sharding hooks, for many forwards in a row (a rollout, an export).
 
-        Gathering alone would not help: the hook after each layer's forward shards it again, once per token.
+        Gathering alone would not help: the hook after each layer's forward shards it again, once per token. Every
+        engine of the module has hooks of its own.
         """
+        self.enter()
         if self.zero.stage != 3:
             yield self.module
             return
-        optimizer = self._engine.optimizer
-        offload = optimizer.parameter_offload if self.optim is not None else optimizer
+        offloads = [engine._offload() for engine in self._all]
         parameters = list(self.module.parameters())
         with deepspeed.zero.GatheredParameters(parameters):
             for parameter in parameters:
                 parameter.ds_active_sub_modules.clear()
-            for hook in offload.forward_hooks + offload.backward_hooks:
-                hook.remove()
-            offload.forward_hooks, offload.backward_hooks = [], []
+            for offload in offloads:
+                for hook in offload.forward_hooks + offload.backward_hooks:
+                    hook.remove()
+                offload.forward_hooks, offload.backward_hooks = [], []
             try:
                 yield self.module
             finally:
-                # The recorded order of layers is void after forwards that the hooks did not see.
-                if not offload.param_coordinator.is_invalid_trace():
-                    offload.param_coordinator._invalidate_trace()
-                offload._register_deepspeed_module(offload.module)
+                for offload in offloads:
+                    # The recorded order of layers is void after forwards that the hooks did not see.
+                    if not offload.param_coordinator.is_invalid_trace():
+                        offload.param_coordinator._invalidate_trace()
+                    offload._register_deepspeed_module(offload.module)
+
+    def _offload(self) -> Any:
+        """DeepSpeed's keeper of sharded parameters; a frozen engine has it in the optimizer's place."""
+        optimizer = self._engine.optimizer
+        return optimizer.parameter_offload if self.optim is not None else optimizer
 
     def state_dict(self) -> dict[str, Tensor] | None:
         """All weights, whole and on the CPU, on rank 0; None elsewhere. Every rank must call it."""
@@ -160,8 +196,25 @@ class Engine:
         return state if dist.is_main() else None
 
     def save(self, folder: Path) -> None:
-        """Write weights and optimizer state; every rank must call it. The caller makes the folder durable."""
-        self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        """Write the trained weights and their optimizer state; every rank must call it.
+
+        The caller makes the folder durable.
+        """
+        with self._others_frozen():
+            self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+
+    @contextmanager
+    def _others_frozen(self) -> Iterator[None]:
+        """Inside, what other engines of the module train looks frozen: DeepSpeed writes whatever does not."""
+        own = {id(parameter) for parameter in self.trained.values()}
+        others = [p for p in self.module.parameters() if p.requires_grad and id(p) not in own]
+        try:
+            for parameter in others:
+                parameter.requires_grad_(False)
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
 
     def load(self, folder: Path) -> None:
         """Read what `save` wrote with the same number of ranks and the same stage; every rank must call it."""
@@ -193,8 +246,8 @@ def _bad_gradient(norm: float) -> NumericsError:
     )
 
 
-def _optimizer(module: nn.Module, optim: OptimBlock) -> torch.optim.Optimizer:
-    trained = [p for p in module.parameters() if p.requires_grad]
+def _optimizer(trained: Iterable[nn.Parameter], optim: OptimBlock) -> torch.optim.Optimizer:
+    trained = list(trained)
     # Norm gains and biases are not decayed: shrinking them regularises nothing.
     groups = [
         {"params": [p for p in trained if len(zero.full_shape(p)) >= 2], "weight_decay": optim.weight_decay},

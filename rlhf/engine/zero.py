@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -94,3 +94,14 @@ def held_elements(module: torch.nn.Module) -> tuple[int, int]:
         total += elements
         held += parameter.ds_tensor.numel() if is_sharded(parameter) and not parameter.ds_persist else elements
     return held, total
+
+
+def held_bytes(parameters: Iterable[torch.nn.Parameter]) -> tuple[int, int]:
+    """(elements of whole parameters, bytes of them that this rank keeps between uses)."""
+    elements = held = 0
+    for parameter in parameters:
+        whole = full_shape(parameter).numel()
+        elements += whole
+        kept = parameter.ds_tensor.numel() if is_sharded(parameter) and not parameter.ds_persist else whole
+        held += kept * parameter.element_size()
+    return elements, held

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import (
@@ -204,11 +204,17 @@ def draw_head(model: nn.Module, seed: int) -> None:
         raise CheckpointError(f"expected a decoder with a `score` head, found a {type(model).__name__}")
     old = model.score
     assert old.out_features == 1, f"expected a head with one output, found {old.out_features}"
-    draws = torch.randn(1, old.in_features, generator=torch.Generator().manual_seed(seed))
     # A new module: the old one's weight may be sharded already, and then no rank holds all of it.
-    model.score = nn.Linear(old.in_features, 1, bias=False, dtype=old.weight.dtype)
+    model.score = new_head(old.in_features, old.weight.dtype, seed)
+
+
+def new_head(hidden: int, dtype: torch.dtype, seed: int) -> nn.Linear:
+    """The head that `draw_head` gives to a model."""
+    head = nn.Linear(hidden, 1, bias=False, dtype=dtype)
+    draws = torch.randn(1, hidden, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        model.score.weight.copy_(draws / math.sqrt(old.in_features + 1))
+        head.weight.copy_(draws / math.sqrt(hidden + 1))
+    return head
 
 
 # --- preparation ----------------------------------------------------------------------------------------------------
@@ -269,7 +275,12 @@ def add_lora(model: nn.Module, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ
 
     Adapters have the base's dtype: under bf16 the optimizer keeps the fp32 master copy, as for full fine-tuning.
     """
-    config = LoraConfig(
+    return with_adapter(model, lora_config(model, block, task), "default")
+
+
+def lora_config(model: nn.Module, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ_CLS"]) -> LoraConfig:
+    """peft's configuration of a fresh adapter."""
+    return LoraConfig(
         r=block.rank,
         lora_alpha=block.alpha,
         lora_dropout=block.dropout,
@@ -277,9 +288,17 @@ def add_lora(model: nn.Module, block: LoraBlock, task: Literal["CAUSAL_LM", "SEQ
         task_type=task,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
-    shared = _shared_modules(model)
+
+
+def with_adapter(model: nn.Module, config: LoraConfig, name: str) -> PeftModel:
+    """The model with one more adapter, which is the first where peft has not wrapped the model yet."""
+    shared = _shared_modules(model.get_base_model() if isinstance(model, PeftModel) else model)
     try:
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=False)
+        if isinstance(model, PeftModel):
+            model.add_adapter(name, config, autocast_adapter_dtype=False)
+            adapted = model
+        else:
+            adapted = get_peft_model(model, config, adapter_name=name, autocast_adapter_dtype=False)
     except ValueError as error:
         raise RecipeError(
             str(error).splitlines()[0], where="model.lora.target", fix="Name modules of this model, or use all-linear."

@@ -133,14 +133,19 @@ class ScorerModule(RoleModule):
         Else values (B, T - start) float32: of the state before token t, for t in start..T-1, so read at position t - 1.
         """
         hidden = self.called(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
-        if start is not None:
-            assert 1 <= start < ids.shape[1], f"start: expected 1..{ids.shape[1] - 1}, found {start}"
-            return self.head(hidden[:, start - 1 : -1])
-        columns = torch.arange(ids.shape[1], device=ids.device)
-        last = (columns * attention.long()).argmax(-1)  # (B,)
-        return self.head(hidden[torch.arange(len(ids), device=ids.device), last])
+        return read_scores(self.core.score, hidden, attention, start)
 
-    def head(self, hidden: Tensor) -> Tensor:
-        """(..., H) -> (...,) float32. Called as a module, which is what makes a sharded head whole."""
-        score = self.core.score
-        return score(hidden.to(next(score.parameters()).dtype)).float().squeeze(-1)
+
+def read_scores(head: nn.Module, hidden: Tensor, attention: Tensor, start: int | None) -> Tensor:
+    """Scores (B,) or values (B, T - start) of hidden states (B, T, H), float32; see `ScorerModule.forward`."""
+    if start is not None:
+        assert 1 <= start < hidden.shape[1], f"start: expected 1..{hidden.shape[1] - 1}, found {start}"
+        return _head(head, hidden[:, start - 1 : -1])
+    columns = torch.arange(hidden.shape[1], device=hidden.device)
+    last = (columns * attention.long()).argmax(-1)  # (B,)
+    return _head(head, hidden[torch.arange(len(hidden), device=hidden.device), last])
+
+
+def _head(head: nn.Module, hidden: Tensor) -> Tensor:
+    """(..., H) -> (...,) float32. Called as a module, which is what makes a sharded head whole."""
+    return head(hidden.to(next(head.parameters()).dtype)).float().squeeze(-1)

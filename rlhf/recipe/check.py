@@ -16,6 +16,7 @@ from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FunctionReward, ModelReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards, reward_options
 from rlhf.recipe.schema import DataBlock, ModelRef, SourceBlock, ZeroBlock
+from rlhf.recipe.shared_rules import share_base
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
 
 Problems = Iterator[Problem]
@@ -345,6 +346,7 @@ ONLINE: tuple[Rule, ...] = (
     stop_texts,
     reward_options,
     minibatches,
+    share_base,
     *POLICY_RULES,
 )
 

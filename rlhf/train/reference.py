@@ -29,12 +29,18 @@ logger = logging.getLogger("rlhf.reference")
 
 @dataclass(frozen=True)
 class Reference:
-    """Called like the policy's engine. With `is_base` it is the trained LoRA policy with its adapter switched off."""
+    """Called like the policy's engine. With `is_base` it is the trained LoRA policy with its adapter switched off.
+
+    role: the reference's, where the engine's module plays several.
+    """
 
     engine: Engine
     is_base: bool = False
+    role: str | None = None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.role is not None:
+            return self.engine(*args, role=self.role, **kwargs)
         if not self.is_base:
             return self.engine(*args, **kwargs)
         with self.engine.module.adapter_off():

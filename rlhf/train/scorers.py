@@ -23,14 +23,23 @@ from rlhf.rewards.steps import process_part
 from rlhf.train import roles
 from rlhf.train.job import Job
 from rlhf.train.objectives import bind
+from rlhf.train.shared import SharedRoles
 
 logger = logging.getLogger("rlhf.roles")
 
 
-def scorer(job: Job, tokenizer: PreTrainedTokenizerFast, rewards: Sequence[Reward], *, key: str) -> Scorer:
+def scorer(
+    job: Job,
+    tokenizer: PreTrainedTokenizerFast,
+    rewards: Sequence[Reward],
+    *,
+    key: str,
+    shared: SharedRoles | None,
+) -> Scorer:
     """The rewards of one list of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2.
 
-    tokenizer: the policy's. key: the list's place in the recipe, rewards or test_rewards.
+    tokenizer: the policy's. key: the list's place in the recipe, rewards or test_rewards. shared: the models that stand
+    on the policy's base.
     """
     parts: dict[str, Part] = {}
     step_parts: dict[str, StepPart] = {}
@@ -40,7 +49,7 @@ def scorer(job: Job, tokenizer: PreTrainedTokenizerFast, rewards: Sequence[Rewar
         name = f"{spec.kind}_{same + 1}" if same else spec.kind
         weights[name] = spec.weight
         if isinstance(spec, ModelReward):
-            parts[name] = _model(job, tokenizer, spec, f"{key}.{i}", name)
+            parts[name] = _model(job, tokenizer, spec, f"{key}.{i}", name, shared)
         elif isinstance(spec, ProcessReward):
             step_parts[name] = process_part(spec.function, spec.separator, spec.timeout, decoder(tokenizer))
         elif isinstance(spec, HttpReward):
@@ -90,10 +99,19 @@ def rendered(template: chat.ChatTemplate, rollout: Rollout) -> list[Any]:
     return rows
 
 
-def _model(job: Job, tokenizer: PreTrainedTokenizerFast, spec: ModelReward, key: str, name: str) -> Part:
+def _model(
+    job: Job,
+    tokenizer: PreTrainedTokenizerFast,
+    spec: ModelReward,
+    key: str,
+    name: str,
+    shared: SharedRoles | None,
+) -> Part:
     source, micro_batch = job.source(key, spec), job.recipe.train.micro_batch
     own = own_tokenizer(job, spec, key)
-    if reads_alike(own, tokenizer):
+    if shared is not None and key in shared.scores:
+        part = model_part(shared.scores[key], micro_batch, shared.actor.device)
+    elif reads_alike(own, tokenizer):
         engine = roles.score_engine(job, source, tokenizer, spec, name)
         part = model_part(engine, micro_batch, engine.device)
     else:

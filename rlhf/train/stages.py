@@ -37,6 +37,7 @@ from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
 from rlhf.train.rollout import Sampler
 from rlhf.train.samples import SampleWriter, shown_prompts
+from rlhf.train.shared import SharedRoles, shared_roles
 from rlhf.train.state import OnlineState
 from rlhf.train.statistics import score_statistics
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
@@ -150,8 +151,11 @@ def ppo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Actor and critic."""
     recipe = job.recipe
     assert isinstance(recipe, PPORecipe)
-    actor, critic = roles.policy_engine(job, tokenizer), roles.critic_engine(job, tokenizer)
-    parts = _online(job, tokenizer, data, actor, critic)
+    shared = shared_roles(job, tokenizer) if recipe.share_base else None
+    actor = shared.actor if shared else roles.policy_engine(job, tokenizer)
+    critic = shared.critic if shared else roles.critic_engine(job, tokenizer)
+    assert critic is not None
+    parts = _online(job, tokenizer, data, actor, critic, shared)
     parts.objectives.append(ValueObjective.from_block(critic, recipe.critic, recipe.value_loss))
     parts.published["critic"] = (critic, "value")
     parts.policy_starts = recipe.critic.warmup_rollouts
@@ -160,7 +164,10 @@ def ppo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
 
 def grpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """No critic: answers are compared with each other or with a baseline."""
-    return _online(job, tokenizer, data, roles.policy_engine(job, tokenizer), None)
+    assert isinstance(job.recipe, OnlineRecipe)
+    shared = shared_roles(job, tokenizer) if job.recipe.share_base else None
+    actor = shared.actor if shared else roles.policy_engine(job, tokenizer)
+    return _online(job, tokenizer, data, actor, None, shared)
 
 
 ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
@@ -172,10 +179,17 @@ ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
 }
 
 
-def _online(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded, actor: Engine, critic: Engine | None) -> Parts:
+def _online(
+    job: Job,
+    tokenizer: PreTrainedTokenizerFast,
+    data: Loaded,
+    actor: Engine,
+    critic: Engine | None,
+    shared: SharedRoles | None,
+) -> Parts:
     recipe = job.recipe
     assert isinstance(recipe, OnlineRecipe)
-    scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards")
+    scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=shared)
     tests = recipe.test_rewards
     state = OnlineState.at_start(recipe)
     mixed = None if data.pretraining is None else token_dataset(data.pretraining.train, tokenizer.pad_token_id)
@@ -184,9 +198,9 @@ def _online(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded, actor: E
         data.train,
         sampler(actor, tokenizer, recipe.sampling),
         actor,
-        roles.reference(job, tokenizer, actor),
+        shared.reference if shared else roles.reference(job, tokenizer, actor),
         scorer,
-        scorers.scorer(job, tokenizer, tests, key="test_rewards") if tests else None,
+        scorers.scorer(job, tokenizer, tests, key="test_rewards", shared=None) if tests else None,
         critic,
         mixed,
         state,

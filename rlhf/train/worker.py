@@ -28,11 +28,13 @@ from rlhf.run.opened import Opened
 from rlhf.train import stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.train.job import DATA_KIND, Job, Kind
+from rlhf.train.layout import adapter_base
 from rlhf.train.loop import fit
 from rlhf.train.metrics import MetricsLog
 from rlhf.train.preflight import check_models, check_rewards, check_samples
 from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
+from rlhf.train.shared import published
 from rlhf.train.signals import StopRequest
 from rlhf.train.tokenizers import stage_tokenizer
 
@@ -135,7 +137,8 @@ def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -
             if kind == "policy":  # plain `generate` must stop where our rollouts do
                 engine.module.core.generation_config.eos_token_id = parts.stop_ids
             target = job.folder.export_dir(part)
-            (save_policy if kind == "policy" else save_scorer)(engine.module, tokenizer, target, state)
+            module, weights = published(engine, state)
+            (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
         dist.barrier()
     if dist.is_main():
         engine, kind = parts.published["model"]
@@ -149,6 +152,7 @@ def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -
             "dtype": job.recipe.model.dtype,
             "lora": job.recipe.model.lora is not None,
             **(statistics.facts() if statistics is not None else {}),
+            "adapter_base": adapter_base(job),
         }
         job.folder.publish(kind, facts, parts.steps)
     dist.barrier()
