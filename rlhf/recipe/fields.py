@@ -53,7 +53,8 @@ class Option:
         elif isinstance(default, (list, tuple)):
             default = [v.model_dump(mode="json", by_alias=True, exclude_none=True) if isinstance(v, Block) else v
                        for v in default]  # fmt: skip
-        return "null" if default is None else default if isinstance(default, str) and default else found(default)
+        is_plain = isinstance(default, str) and default.isprintable() and default
+        return "null" if default is None else default if is_plain else found(default)
 
 
 @functools.cache
