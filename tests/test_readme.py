@@ -246,7 +246,7 @@ def test_the_torch_of_the_readme_is_the_tested_one():
 
 
 def test_the_reward_function_of_the_readme_scores(workplace):
-    scores = user_function([{}, {}], ["A pear.", "no"], function=f"{workplace / 'my_rewards.py'}:score")
+    scores = user_function([{}, {}], ["A pear.", "no"], function=f"{workplace / 'my_rewards.py'}:score", timeout=60.0)
     assert scores == [1.0, 0.0]
 
 

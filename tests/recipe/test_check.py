@@ -154,7 +154,7 @@ def test_all_broken_rules_come_together(refuse: Callable[..., list[str]]) -> Non
 
 def test_every_rule_is_documented_and_in_use() -> None:
     helpers = {"check_recipe", "one_source", "revision", "trained_zero", "frozen_zero", "looks_local"}
-    helpers |= {"missing_files", "missing_data", "closest"}
+    helpers |= {"missing_files", "missing_data", "closest", "named_rewards"}
     functions = {name for name, f in inspect.getmembers(check, inspect.isfunction) if not name.startswith("_")}
     elsewhere = {rule.__name__ for rule in POLICY_RULES}
     assert functions - helpers - {"dataclass", "data_blocks"} == rules() - elsewhere

@@ -5,12 +5,11 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from rlhf.errors import DataError, RecipeError
-from rlhf.rewards.rules import exact, format_found, length, load_function, numeric, parse_number, user_function
+from rlhf.rewards.rules import exact, format_found, length, numeric, parse_number
 
 GSM8K = {"answer": "answer", "marker": "####", "tolerance": 1e-6}
 GSM8K_FORMAT = r"#### ?-?\d[\d,]*(\.\d+)?\s*$"
@@ -193,96 +192,6 @@ def test_a_broken_pattern_is_the_recipes_error() -> None:
 def test_length_by_hand() -> None:
     answers = ["one two three four", "one two", "", "one " * 8, "one " * 100]
     assert length([{}] * 5, answers, target=4, scale=4) == [1, 0.5, 0, 0, 0]
-
-
-# --- the user's own function ----------------------------------------------------------------------------------------
-
-
-def written(folder: Path, body: str) -> str:
-    file = folder / "my_rewards.py"
-    file.write_text(body)
-    return f"{file}:score"
-
-
-def test_a_users_function_scores(tmp_path: Path) -> None:
-    body = "def score(rows, answers):\n    return [len(a) + r['bonus'] if a else None for r, a in zip(rows, answers)]\n"
-    spec = written(tmp_path, body)
-    assert user_function([{"bonus": 1}, {"bonus": 2}], ["abc", ""], function=spec) == [4.0, None]
-
-
-def test_a_users_function_cannot_change_the_rows(tmp_path: Path) -> None:
-    body = "def score(rows, answers):\n    rows[0]['answer'] = 1\n    answers.clear()\n    return [1]\n"
-    rows, answers = [{"answer": 0}], ["a"]
-    assert user_function(rows, answers, function=written(tmp_path, body)) == [1.0]
-    assert (rows, answers) == ([{"answer": 0}], ["a"])
-
-
-def test_numpy_scalars_booleans_and_dataclasses_work(tmp_path: Path) -> None:
-    body = (
-        "from __future__ import annotations\nfrom dataclasses import dataclass\nimport numpy as np\n"
-        "@dataclass\nclass Judge:\n    bias: float\n"
-        "def score(rows, answers):\n    return (np.float32(Judge(0.5).bias), True, 3)\n"
-    )
-    assert user_function([{}] * 3, [""] * 3, function=written(tmp_path, body)) == [0.5, 1.0, 3.0]
-
-
-@pytest.mark.parametrize(
-    ("returned", "message"),
-    [
-        ("1.0", "expected a list of scores, found float 1.0"),
-        ("None", "expected a list of scores, found NoneType None"),
-        ("'ab'", "expected a list of scores, found str 'ab'"),
-        ("(x for x in [1, 2])", "expected a list of scores, found generator"),
-        ("[1.0]", r"expected 2 scores, found 1: list \[1.0\]"),
-        ("[1.0, 'x']", "expected a finite number or None as score 1, found str 'x'"),
-        ("[1.0, float('nan')]", "expected a finite number or None as score 1, found float nan"),
-        ("[float('-inf'), 1]", "expected a finite number or None as score 0, found float -inf"),
-        ("[10 ** 400, 1]", "expected a finite number or None as score 0, found int 1000"),
-        ("[1j, 1]", "expected a finite number or None as score 0, found complex 1j"),
-    ],
-)
-def test_bad_scores_name_the_file_and_what_it_returned(tmp_path: Path, returned: str, message: str) -> None:
-    spec = written(tmp_path, f"def score(rows, answers):\n    return {returned}\n")
-    with pytest.raises(RecipeError, match=message) as caught:
-        user_function([{}, {}], ["a", "b"], function=spec)
-    assert spec in str(caught.value) and "return a list of 2 numbers" in str(caught.value)
-
-
-def test_an_exception_in_the_function_names_its_line(tmp_path: Path) -> None:
-    spec = written(tmp_path, "import json\n\ndef score(rows, answers):\n    return json.loads('{')\n")
-    with pytest.raises(RecipeError, match=r"the reward function raised JSONDecodeError: .* \(line 4\)"):
-        user_function([{}], ["a"], function=spec)
-
-
-@pytest.mark.parametrize(
-    ("body", "message"),
-    [
-        ("def score(rows, answers)\n", "could not be loaded: SyntaxError"),
-        ("import no_such_module_anywhere\n", r"could not be loaded: ModuleNotFoundError: .* \(line 1\)"),
-        ("def other(rows, answers):\n    return []\n", "expected a function 'score', found other"),
-        ("score = 3\n", "expected a function 'score', found no function"),
-        ("import sys\nsys.exit(0)\n", r"could not be loaded: SystemExit: 0 \(line 2\)"),
-        ("def score(answers):\n    return []\n", r"expected a function of \(rows, answers\), found score\(answers\)"),
-    ],
-)
-def test_files_that_do_not_load_or_have_no_such_function(tmp_path: Path, body: str, message: str) -> None:
-    spec = written(tmp_path, body)
-    for use in (load_function, lambda function: user_function([{}], ["a"], function=function)):
-        with pytest.raises(RecipeError, match=message):
-            use(spec)
-
-
-def test_a_function_cannot_end_the_run_as_if_it_were_done(tmp_path: Path) -> None:
-    spec = written(tmp_path, "import sys\ndef score(rows, answers):\n    sys.exit(0)\n")
-    load_function(spec)
-    with pytest.raises(RecipeError, match=r"raised SystemExit: 0 \(line 3\)"):
-        user_function([{}], ["a"], function=spec)
-
-
-@pytest.mark.parametrize("spec", ["score", "os:getcwd", "file.py:", "file.py:a.b", "nowhere/file.py:score", ":score"])
-def test_a_function_is_found_by_path_only(spec: str) -> None:
-    with pytest.raises(RecipeError, match="rewards: function"):
-        user_function([{}], ["a"], function=spec)
 
 
 def test_rules_need_no_torch() -> None:

@@ -1,0 +1,238 @@
+"""The HTTP scorer against a real server that behaves, and one that misbehaves in every way."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from rlhf.errors import ServiceError
+from rlhf.rewards import http
+from rlhf.rewards.http import check_reachable, http_scores
+
+Reply = Callable[[int, dict[str, Any]], tuple[int, Any]]  # (number of the request, what was posted) -> status, answer
+
+
+class Service:
+    """What was asked of the server, and what it is to answer: bytes as they are, anything else as JSON."""
+
+    def __init__(self) -> None:
+        self.asked: list[dict[str, Any]] = []
+        self.reply: Reply = lambda number, posted: (200, {"scores": [len(answer) for answer in posted["answers"]]})
+        self.headers: dict[str, str] = {}
+        self.delay = 0.0
+        self.drip = 0.0  # seconds between bytes
+        self.url = ""
+
+    def handler(self) -> type[BaseHTTPRequestHandler]:
+        service = self
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:  # noqa: N802  the library's name
+                posted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                assert self.headers["Content-Type"] == "application/json"
+                service.asked.append(posted)
+                time.sleep(service.delay)
+                status, answer = service.reply(len(service.asked), posted)
+                body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
+                try:
+                    self.send_response(status)
+                    for name, value in service.headers.items():
+                        self.send_header(name, value)
+                    self.end_headers()
+                    for i in range(0, len(body), 1 if service.drip else len(body)):
+                        self.wfile.write(body[i : i + 1] if service.drip else body)
+                        time.sleep(service.drip)
+                except OSError:  # who asked is gone
+                    pass
+
+            def do_GET(self) -> None:  # noqa: N802
+                raise AssertionError("nothing is ever fetched")
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        return Handler
+
+
+@pytest.fixture
+def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
+    monkeypatch.setattr(http, "_PAUSE", 0.01)
+    found = Service()
+    server = ThreadingHTTPServer(("127.0.0.1", 0), found.handler())
+    found.url = f"http://127.0.0.1:{server.server_port}/score"
+    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+    thread.start()
+    yield found
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def ask(service: Service, answers: list[str], **changes: Any) -> list[float | None]:
+    rows = [{"row": i, "prompt": f"p{i}", "messages": []} for i, _ in enumerate(answers)]
+    options = {"url": service.url, "timeout": 5.0, "retries": 2, "batch_size": 4, **changes}
+    return http_scores(rows, answers, **options)
+
+
+def test_answers_are_posted_in_batches_and_scored_in_order(service: Service) -> None:
+    assert ask(service, ["a", "bb", "", "dddd", "é\n\U0001f600"]) == [1.0, 2.0, 0.0, 4.0, 3.0]
+    assert [posted["answers"] for posted in service.asked] == [["a", "bb", "", "dddd"], ["é\n\U0001f600"]]
+    assert service.asked[0].keys() == {"prompts", "answers", "rows"}
+    assert service.asked[1]["prompts"] == ["p4"] and service.asked[1]["rows"][0]["row"] == 4
+
+
+def test_columns_that_json_cannot_hold_are_left_out(service: Service) -> None:
+    row = {"prompt": "p", "answer": 7, "when": datetime.date(2024, 1, 1), "raw": b"x", "nan": float("nan"), "l": [None]}
+    assert http_scores([row], ["abc"], url=service.url, timeout=5.0, retries=0, batch_size=1) == [3.0]
+    assert service.asked[0]["rows"] == [{"prompt": "p", "answer": 7, "l": [None]}]
+
+
+def test_null_is_unscored_without_another_try(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    service.reply = lambda number, posted: (200, {"scores": [0, None, -1.5]})
+    assert ask(service, ["a", "b", "c"]) == [0.0, None, -1.5]
+    assert len(service.asked) == 1 and not caplog.records
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503])
+def test_what_passes_is_tried_again(service: Service, status: int) -> None:
+    service.reply = lambda number, posted: (status, b"busy") if number < 3 else (200, {"scores": [1, 2]})
+    assert ask(service, ["a", "b"]) == [1.0, 2.0]
+    assert len(service.asked) == 3
+
+
+BAD = {
+    "an error": (500, b"broken", "500 Internal Server Error, 'broken'"),
+    "no JSON": (200, b"<html>", "expected JSON, found '<html>'"),
+    "nothing": (200, b"", "expected JSON, found ''"),
+    "deep JSON": (200, b"[" * 100_000, "expected JSON"),
+    "a list": (200, [1, 2], 'expected {"scores": [...]}'),
+    "no list": (200, {"scores": 1}, 'expected {"scores": [...]}'),
+    "a wrong count": (200, {"scores": [1.0]}, "expected 2 scores, found 1"),
+    "too many": (200, {"scores": [1.0, 2.0, 3.0]}, "expected 2 scores, found 3"),
+    "far too much": (200, b'{"scores": [1, 2], "why": "' + b"x" * http.MAX_BYTES + b'"}', "more than 1,048,576 bytes"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_request_that_fails_for_good_is_unscored_and_told(
+    service: Service, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    status, answer, words = BAD[name]
+    service.reply = lambda number, posted: (status, answer)
+    assert ask(service, ["a", "b"]) == [None, None]
+    assert len(service.asked) == 3
+    (record,) = caplog.records
+    assert "2 of 2 answers unscored" in record.getMessage() and words in record.getMessage()
+    assert record.levelno == logging.WARNING
+
+
+@pytest.mark.parametrize(
+    "value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, '"x"', "true", "[1]", "{}"]
+)
+def test_what_is_no_finite_number_leaves_its_answer_unscored_and_keeps_the_others(service: Service, value: str) -> None:
+    service.reply = lambda number, posted: (200, f'{{"scores": [2.5, {value}]}}'.encode())
+    assert ask(service, ["a", "b"]) == [2.5, None]
+    assert len(service.asked) == 3
+
+
+def test_a_number_that_recovers_is_used(service: Service) -> None:
+    service.reply = lambda number, posted: (200, b'{"scores": [NaN]}' if number == 1 else {"scores": [4]})
+    assert ask(service, ["a"]) == [4.0]
+
+
+def test_a_slow_service_is_left_after_its_time(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    service.delay = 1.0
+    started = time.monotonic()
+    assert ask(service, ["a"], timeout=0.2, retries=1) == [None]
+    assert time.monotonic() - started < 0.9
+    assert "timed out" in caplog.records[0].getMessage()
+
+
+def test_a_service_that_drips_is_left_after_its_time(service: Service) -> None:
+    service.drip = 0.05  # 16 bytes take 0.8 s, each of them far less than the timeout
+    started = time.monotonic()
+    assert ask(service, ["a"], timeout=0.2, retries=0) == [None]
+    assert time.monotonic() - started < 0.6
+
+
+def test_an_answer_that_breaks_off_is_tried_again(service: Service) -> None:
+    service.headers = {"Content-Length": "1000"}
+    service.reply = lambda number, posted: (200, b'{"scores": [1')
+    assert ask(service, ["a"], retries=1) == [None]
+    assert len(service.asked) == 2
+
+
+def test_once_a_request_has_failed_the_others_are_tried_once(service: Service) -> None:
+    service.reply = lambda number, posted: (500, b"") if "bad" in posted["answers"] else (200, {"scores": [1]})
+    assert ask(service, ["a", "bad", "c", "bad", "e"], batch_size=1) == [1.0, None, 1.0, None, 1.0]
+    assert [posted["answers"][0] for posted in service.asked] == ["a", *["bad"] * 3, "c", "bad", "e"]
+
+
+@pytest.mark.parametrize("status", [400, 401, 404, 413, 422])
+def test_a_refusal_ends_the_run_at_once(service: Service, status: int) -> None:
+    service.reply = lambda number, posted: (status, b"no such model")
+    with pytest.raises(ServiceError, match=f"expected scores, found {status} .*, 'no such model'") as caught:
+        ask(service, ["a"], url=service.url + "?key=secret")
+    assert service.url in str(caught.value) and "secret" not in str(caught.value)
+    assert len(service.asked) == 1 and caught.value.exit_code == 8
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+@pytest.mark.parametrize("target", ["/other", "file:///etc/passwd", "ftp://127.0.0.1/x"])
+def test_redirects_are_refused(service: Service, status: int, target: str) -> None:
+    service.reply = lambda number, posted: (status, b"")
+    service.headers = {"Location": target}
+    with pytest.raises(ServiceError, match=f"found {status} .*, sent on to {target}") as caught:
+        ask(service, ["a"])
+    assert "redirects are not followed" in str(caught.value) and len(service.asked) == 1
+
+
+def test_proxies_of_the_environment_are_not_used(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert ask(service, ["abc"]) == [3.0]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def test_a_service_that_is_gone_is_unscored(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    assert ask(service, ["a", "b"], url=f"http://127.0.0.1:{free_port()}/") == [None, None]
+    assert "Connection refused" in caplog.records[0].getMessage()
+
+
+def test_an_address_is_reachable_where_a_connection_is_accepted(service: Service) -> None:
+    check_reachable(service.url, 5.0, "rewards.0.url")
+    assert not service.asked
+    for host in (f"127.0.0.1:{free_port()}", "a" * 64 + ".invalid", "no-such-host.invalid"):
+        with pytest.raises(ServiceError, match="expected a scorer that accepts connections") as caught:
+            check_reachable(f"http://{host}/score?key=secret", 2.0, "rewards.0.url")
+        assert str(caught.value).startswith("rewards.0.url: ") and "secret" not in str(caught.value)
+
+
+def test_pauses_double_up_to_a_bound(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(http, "_PAUSE", 0.5)
+    monkeypatch.setattr(http.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
+    service.reply = lambda number, posted: (503, b"")
+    assert ask(service, ["a"], retries=7) == [None]
+    assert pauses == [0.5, 1.0, 2.0, 4.0, 8.0, 8.0, 8.0]
+
+
+def test_http_needs_no_torch() -> None:
+    code = "import sys, rlhf.rewards.http; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
