@@ -26,12 +26,12 @@ class Ema:
     def __init__(self, engine: Engine, decay: float) -> None:
         assert 0 <= decay < 1, f"decay: expected 0 <= decay < 1, found {decay}"
         self.decay = decay
-        self._engine = engine
+        self.engine = engine
         self._is_mine = engine.zero.stage == 3 or dist.is_main()
         self.average = {name: _held(p).float().cpu().clone() for name, p in self._parameters()}
 
     def _parameters(self) -> list[tuple[str, nn.Parameter]]:
-        return list(self._engine.trained.items()) if self._is_mine else []
+        return list(self.engine.trained.items()) if self._is_mine else []
 
     @torch.no_grad()
     def update(self) -> None:

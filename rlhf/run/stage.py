@@ -32,7 +32,7 @@ from rlhf.run.lineage import (
 )
 from rlhf.run.opened import Mode, Opened, now
 
-PARTS = ("model", "critic")
+PARTS = ("model", "critic", "ema")
 SET_ASIDE = re.compile(r"(.+)\.old-(\d+)")
 _RESERVED = {"report"}
 _STATUS: dict[str, tuple[tuple[type, ...], Any]] = {  # field -> types, value while it is not known
@@ -259,7 +259,7 @@ class StageDir:
     # -- publishing
 
     def export_dir(self, part: str) -> Path:
-        """An empty folder to export "model" or "critic" into; `publish` gives it its name."""
+        """An empty folder to export one of PARTS into; `publish` gives it its name."""
         assert part in PARTS, part
         return commit.fresh_temporary(self.path / part)
 
