@@ -73,7 +73,7 @@ def policy_loss(call: Callable[..., Tensor], rows: Batch) -> Loss:
 def value_loss(call: Callable[..., Tensor], rows: Batch) -> Loss:
     """Squared error, summed over tokens."""
     values = call(rows.ids, rows.attention, start=5)
-    return Loss({"value": ((values - rows.returns)[rows.mask].pow(2).sum(), "tokens", 0.02)})
+    return Loss({"value": ((values - rows.returns)[rows.mask].pow(2).sum(), "tokens", 0.005)})
 
 
 def sgd() -> OptimBlock:
