@@ -128,11 +128,11 @@ class Stages:
                 stdout=output,
                 stderr=output,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
-                start_new_session=True,  # a Ctrl-C comes here first, and goes on once
+                start_new_session=True,  # a Ctrl-C reaches it through `stop`, once
             )
             self._live.append(process)
             code = process.wait()
-        said = f"failed ({code}), see {output.name}" if code else "done"
+        said = f"not finished (exit {code}), see {output.name}" if code else "done"
         print(f"{task.folder}: {said}, {time.monotonic() - started:.0f} s", flush=True)
         return code
 
@@ -146,12 +146,14 @@ class Stages:
 def train(tasks: Sequence[Task], jobs: int, recipes: Path) -> list[Task]:
     """Run the stages. Returns those that did not finish."""
     work = Stages(recipes)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
-    try:
-        codes = run_all(tasks, jobs, work)
-    except BaseException:
+
+    def end(*_: object) -> None:
         work.stop()
-        raise
+        sys.exit(75)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
+    codes = run_all(tasks, jobs, work)
     return [task for task, code in codes.items() if code]
 
 
