@@ -244,10 +244,12 @@ base. This is what each layout holds per rank: parameters, gradients and optimiz
 Measured on the CPU in {dtype}, {shape}, LoRA of rank {rank} on every linear layer, AdamW. After two PPO-like \
 updates (log-probabilities, reference, scores and values of {rows} rows of {width} tokens, then a step of the actor \
 and one of the critic) every tensor alive on the rank that was not there before is counted, each storage once; of \
-several ranks the fullest is shown. Activations are gone by then, and ZeRO's communication buckets of a million \
+several ranks the fullest is shown. Activations are gone by then, at stage 0 gradients too (while a model is being \
+trained they take another 4 bytes per trained parameter in fp32), and ZeRO's communication buckets of a million \
 elements are included: they do not grow with the model. ZeRO-3 keeps no parameter whole (`persistence_threshold: \
 0`); frozen models are sharded at stage 3 and whole below it. At stages 0 to 2 every rank holds the whole base, so \
-what sharing saves does not depend on the number of ranks.
+what sharing saves does not depend on the number of ranks. On one rank there is nothing to shard, \
+and ZeRO's own copy of the trained weights makes stages 1 to 3 larger than 0.
 
 Regenerate with `python -m scripts.memory_table --write docs/memory.md`. For absolute numbers of a model of half a \
 billion parameters, with tokens per second of such a step in each layout, on a GPU: `python -m scripts.memory_table \
