@@ -50,7 +50,7 @@ EARLY = {
     "bf16 without its master weights": Case("sft", "model.dtype=bf16", 2, r"zero.stage: expected 1, 2 or 3.*bf16"),
     "frozen model at stage 1": Case("ppo", "reference.zero.stage=1", 2, r"expected 0 or 3 for a frozen model"),
     "group of one": Case(
-        "grpo", "train.answers=1", 2, r"train.answers: expected a whole number >= 2\nnothing to be com"
+        "grpo", "train.answers=1", 2, r"train.answers: expected at least 2 for advantage grpo, found 1\nneed no group"
     ),
     "minibatches": Case(
         "grpo", "train.minibatches=5", 2, r"divisor of prompts x answers = 8 x 4 = 32, found 5\none of 1"
@@ -100,14 +100,11 @@ EARLY = {
         "ppo", "model={from: damaged}", 4, r"as it was published, found a change in .*config.json\nRestore"
     ),
     "parent elsewhere": Case("ppo", "model={from: ..}", 9, r"model.from: expected a stage name\nName a stage"),
-    "other tokenizer": Case(
-        "ppo", "rewards=[{kind: model, from: OTHER/rm}]", 4, r"expected the tokenizer of .*sft, found"
-    ),
     "other tokenizer of the critic": Case(
         "ppo", "critic={from: OTHER/rm}", 4, r"expected the tokenizer of .*sft, found"
     ),
-    "other template": Case(
-        "ppo", "rewards=[{kind: model, from: TEMPLATE/rm}]", 4, r"expected the chat template of .*sft"
+    "other template of the critic": Case(
+        "ppo", "critic={from: TEMPLATE/rm}", 4, r"expected the chat template of .*sft"
     ),
     # model folders
     "no model folder": Case(
@@ -153,7 +150,7 @@ LATE = {
     ),
     "no room for samples": Case("sft", "sampling.max_new_tokens=120", 2, r"sampling.max_new_tokens: expected at most"),
     "other tokenizer by path": Case(
-        "ppo", "rewards=[{kind: model, path: OTHER/rm/model}]", 4, r"rewards.0.path: expected the policy's tokenizer"
+        "ppo", "critic={path: OTHER/rm/model}", 4, r"critic.path: expected the policy's tokenizer"
     ),
     "all by path": Case("ppo", "model={path: OTHER/sft/model}", 4, r"critic.from: expected the policy's tokenizer"),
     "template changed": Case(
