@@ -130,7 +130,7 @@ CASES = {
             "rewards": [{"kind": "model", "from": "rm", "weight": 0.5, "statistics": "normalise"}, LENGTH],
             "test_rewards": [{"kind": "model", "path": "RUN/rm/model", "statistics": "center"}],
             "train.prompts": 16,
-            "sampling.max_new_tokens": 40,
+            "sampling": {"max_new_tokens": 40, "stop": list("abcdefghijklmnop")},  # some answers end, some do not
         },
         every("test/score_mean"),
     ),
