@@ -25,14 +25,7 @@ from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.recipe.fields import Option, options, shape_of
 from rlhf.recipe.options import PreferenceLoss, RewardLoss
-from rlhf.recipe.policy_options import (
-    GroupAdvantage,
-    KlController,
-    PenaltyController,
-    PolicyLoss,
-    PpoAdvantage,
-    PpoValueLoss,
-)
+from rlhf.recipe.policy_options import GroupAdvantage, KlController, PolicyLoss, PpoAdvantage, PpoValueLoss
 from rlhf.recipe.reward_options import Reward
 from rlhf.recipe.schema import Block, OptimBlock
 from rlhf.recipe.stages import RECIPES
@@ -206,8 +199,8 @@ REGISTRIES: tuple[tuple[str, Registry, str, Callable[[Entry], str]], ...] = (
     (
         "KL controllers",
         KL_CONTROLLERS,
-        "`kl.controller.name`, and `policy_loss.controller.name` of `ppo_penalty`",
-        options_in(KlController, PenaltyController),
+        "`kl.controller.name`",
+        options_in(KlController),
     ),
     (
         "Rule rewards",

@@ -52,7 +52,7 @@ EARLY = {
     "bf16 without its master weights": Case("sft", "model.dtype=bf16", 2, r"zero.stage: expected 1, 2 or 3.*bf16"),
     "frozen model at stage 1": Case("ppo", "reference.zero.stage=1", 2, r"expected 0 or 3 for a frozen model"),
     "group of one": Case(
-        "grpo", "train.answers=1", 2, r"train.answers: expected a whole number >= 2\nnothing to be com"
+        "grpo", "train.answers=1", 2, r"train.answers: expected at least 2 for advantage grpo, found 1\nneed no group"
     ),
     "minibatches": Case(
         "grpo", "train.minibatches=5", 2, r"divisor of prompts x answers = 8 x 4 = 32, found 5\none of 1"

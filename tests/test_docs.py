@@ -43,7 +43,8 @@ def written_names() -> set[str]:
     """Every name that a run can write to metrics.jsonl, read off the source of rlhf/train."""
     found = {"step", "time"} | full_names()
     for group, names in objective_names().items():
-        found |= {f"{group}/{name}" for name in names | loop_names()}
+        steps = set() if group == "ptx" else loop_names()  # ptx is a part of the policy's step
+        found |= {f"{group}/{name}" for name in names | steps}
         if group == "train":  # the objectives that are evaluated on held-out rows too
             found |= {f"eval/{name}" for name in names}
     rewards = option_at(GRPORecipe, ["rewards"], {})
@@ -54,7 +55,7 @@ def written_names() -> set[str]:
 
 def full_names() -> set[str]:
     """Names written out, group and all."""
-    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|speed|test)/[a-z_0-9]+")
+    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|speed|test|kl)/[a-z_0-9]+")
     nodes = [node for path in TRAIN.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {text for text in texts if pattern.fullmatch(text)}
@@ -63,7 +64,9 @@ def full_names() -> set[str]:
 def objective_names() -> dict[str, set[str]]:
     """Group -> names that its objectives hand over as the metrics of a `Loss`."""
     found: dict[str, set[str]] = {}
-    for node in ast.parse((TRAIN / "objectives.py").read_text(encoding="utf-8")).body:
+    body = ast.parse((TRAIN / "objectives.py").read_text(encoding="utf-8")).body
+    functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    for node in body:
         groups = [
             item.value.value
             for item in getattr(node, "body", [])
@@ -74,18 +77,21 @@ def objective_names() -> dict[str, set[str]]:
         ]
         if groups:
             (loss,) = [item for item in node.body if isinstance(item, ast.FunctionDef) and item.name == "loss"]
-            names = metrics_of(loss)
+            names = metrics_of(loss, functions)
             assert "loss" in names, node.name
             found.setdefault(groups[0], set()).update(names)
     return found
 
 
-def metrics_of(loss: ast.FunctionDef) -> set[str]:
-    """The keys of the metrics in the body of an objective's `loss`."""
+def metrics_of(loss: ast.FunctionDef, functions: dict[str, ast.FunctionDef]) -> set[str]:
+    """The keys of the metrics in the body of an objective's `loss`, those of a function it unpacks among them."""
     names: set[str] = set()
     for node in ast.walk(loss):
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict) and is_metrics(node.targets[0]):
             names |= keys(node.value)
+            for call in [value for key, value in zip(node.value.keys, node.value.values, strict=True) if key is None]:
+                (literal,) = [part for part in ast.walk(functions[call.func.id]) if isinstance(part, ast.Dict)]
+                names |= keys(literal)
         elif isinstance(node, ast.Subscript) and is_metrics(node.value) and isinstance(node.slice, ast.Constant):
             names.add(node.slice.value)
         elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Loss":
@@ -102,8 +108,8 @@ def keys(node: ast.Dict) -> set[str]:
 
 
 def loop_names() -> set[str]:
-    """What the loop adds to every group: the ends of `f"{group}/..."`."""
-    texts = re.findall(r"""f"\{[\w.]*group\}/([a-z_]+)\"""", (TRAIN / "loop.py").read_text(encoding="utf-8"))
+    """What the loop says of every group's steps: the ends of `f"{group}/..."`."""
+    texts = re.findall(r"""f"\{[^{}]*\}/([a-z_]+)\"""", (TRAIN / "loop.py").read_text(encoding="utf-8"))
     assert texts
     return set(texts)
 

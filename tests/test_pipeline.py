@@ -180,7 +180,7 @@ def registered() -> list[tuple[str, str]]:
     chosen = [("dpo", f"loss={{name: {name}}}") for name in names(PREFERENCE_LOSSES, "dpo")]
     chosen += [("rm", f"loss={{name: {name}}}") for name in names(REWARD_LOSSES, "rm_bt")]
     chosen += [("ppo", f"kl.estimator={name}") for name in names(KL_ESTIMATORS, "k1")]
-    chosen += [("grpo", f"kl.estimator={name}") for name in names(KL_ESTIMATORS, "k3")]
+    chosen += [("grpo", f"kl.estimator={name}") for name in names(KL_ESTIMATORS, "k1", "k3")]
     chosen += [("sft", f"train.schedule={name}") for name in names(SCHEDULES, "cosine")]
     return [*chosen, ("grpo", "aggregation=token_mean"), ("sft", "train.optimizer=sgd")]
 

@@ -15,7 +15,7 @@ import torch
 
 from rlhf.algo.advantages import ADVANTAGES
 from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
-from rlhf.algo.controllers import KL_CONTROLLERS
+from rlhf.algo.controllers import KL_CONTROLLERS, ppo_penalty_beta
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.preference import PREFERENCE_LOSSES
@@ -27,16 +27,16 @@ from rlhf.algo.value import VALUE_LOSSES
 from rlhf.batch import PairLogprobs
 from rlhf.recipe import options as pair_options
 from rlhf.recipe import policy_options, reward_options
-from rlhf.recipe.fields import options, shape_of
+from rlhf.recipe.fields import shape_of
 from rlhf.recipe.options import PreferenceLoss, RewardLoss
 from rlhf.recipe.policy_options import (
     Estimator,
     GroupAdvantage,
     KlBlock,
     KlController,
-    PenaltyController,
     PolicyLoss,
     PpoAdvantage,
+    PpoPenaltyLoss,
     PpoValueLoss,
     ScoresBlock,
 )
@@ -52,7 +52,7 @@ CHOICES: list[tuple[Registry, tuple[Any, ...]]] = [
     (ADVANTAGES, (PpoAdvantage, GroupAdvantage)),
     (POLICY_LOSSES, (PolicyLoss,)),
     (VALUE_LOSSES, (PpoValueLoss,)),
-    (KL_CONTROLLERS, (KlController, PenaltyController)),
+    (KL_CONTROLLERS, (KlController,)),
     (RULES, (Reward,)),
 ]
 NOT_A_RULE = {"model", "process", "http"}  # rewards of modules of their own: no function of rows and answers
@@ -99,9 +99,8 @@ def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 
 def arguments(block: type[Block]) -> set[str]:
-    """The fields of a block that are meant for its function: not its name, its weight, or a block inside it."""
-    inner = {name for name, option in options(block).items() if option.shape.blocks}
-    return set(block.model_fields) - {"name", "kind", "weight"} - inner
+    """The fields of a block that are meant for its function: not its name, its weight, or what the block sets apart."""
+    return set(block.model_fields) - {"name", "kind", "weight", *block.not_arguments}
 
 
 def defaults(registry: Registry, entry: Entry) -> dict[str, Any]:
@@ -231,18 +230,24 @@ def test_kl_estimators_are_finite_and_0_at_the_reference(entry: Entry) -> None:
     assert found.shape == (3, 5) and found.isfinite().all()
 
 
-@pytest.mark.parametrize("entry", KL_CONTROLLERS, ids=by_name)
-def test_kl_controllers_hold_at_the_target_and_never_turn_the_wrong_way(entry: Entry) -> None:
-    chosen = defaults(KL_CONTROLLERS, entry)
+@pytest.mark.parametrize(
+    ("control", "chosen"),
+    [
+        *((entry.function, defaults(KL_CONTROLLERS, entry)) for entry in KL_CONTROLLERS),
+        (ppo_penalty_beta, {"target": PpoPenaltyLoss().target}),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_kl_controllers_hold_at_the_target_and_never_turn_the_wrong_way(
+    control: Callable[..., float], chosen: dict[str, Any]
+) -> None:
     target = chosen.get("target", 1.0)
-    assert entry.function(0.25, target, 512, **chosen) == 0.25
-    found = [entry.function(0.25, share * target, 512, **chosen) for share in (0, 0.1, 0.5, 0.9, 1, 1.1, 2, 10, 1e6)]
+    assert control(0.25, target, 512, **chosen) == 0.25
+    found = [control(0.25, share * target, 512, **chosen) for share in (0, 0.1, 0.5, 0.9, 1, 1.1, 2, 10, 1e6)]
     assert found == sorted(found) and 0.1 < found[0] <= 0.25 <= found[-1] < 1
     # the coefficient is the unit: what it was multiplied with does not depend on it
-    assert entry.function(2.5, 3 * target, 512, **chosen) == pytest.approx(
-        10 * entry.function(0.25, 3 * target, 512, **chosen)
-    )
-    assert entry.function(0.0, 3 * target, 512, **chosen) == 0
+    assert control(2.5, 3 * target, 512, **chosen) == pytest.approx(10 * control(0.25, 3 * target, 512, **chosen))
+    assert control(0.0, 3 * target, 512, **chosen) == 0
 
 
 @pytest.mark.parametrize("entry", RULES, ids=by_name)

@@ -30,10 +30,10 @@ def adaptive(coef: float, kl: float, episodes: int, *, target: float, horizon: f
     return coef * (1 + error * episodes / horizon)
 
 
-@KL_CONTROLLERS.register("ppo_penalty_beta", paper="arXiv:1707.06347 sec. 4")
 def ppo_penalty_beta(coef: float, kl: float, episodes: int, *, target: float) -> float:
-    """coef / 2 if kl < target / 1.5, 2 coef if kl > 1.5 target, else coef.
+    """coef / 2 if kl < target / 1.5, 2 coef if kl > 1.5 target, else coef.               [arXiv:1707.06347 sec. 4]
 
+    The weight of `ppo_penalty`, which brings its own controller: nothing chooses it by name.
     kl: KL(old policy || policy) after the update on a rollout, nats per token, like the target.
     """
     if kl < target / TOLERANCE:

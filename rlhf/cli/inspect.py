@@ -59,7 +59,8 @@ def _row(stage: StageSummary) -> list[str]:
 
 def show_data(path: Path, stage: str | None, run: Path | None, overrides: list[str], count: int) -> None:
     """Tokens of the first rows, coloured by what is trained."""
-    from rlhf.cli.prepare import DATA_KIND, prepare
+    from rlhf.cli.prepare import prepare
+    from rlhf.train.job import DATA_KIND
 
     stage = stage or path.stem
     if stage not in DATA_KIND:

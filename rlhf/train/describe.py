@@ -12,7 +12,7 @@ from rlhf.algo.value import explained_variance, value_moments
 from rlhf.batch import Experience
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.train.alarms import repeated_share
-from rlhf.train.experience import Answers, Seen
+from rlhf.train.experience import Answers, Seen, is_flat
 
 
 def describe(
@@ -25,7 +25,7 @@ def describe(
     for name, values in zip(part_names, answers.parts.unbind(1), strict=True):
         metrics[name] = values[~values.isnan()].mean()
         if name == "test/score_mean":
-            metrics["test/score_std"] = values[~values.isnan()].std()
+            metrics["test/score_std"] = deviation(values[~values.isnan()])
     return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
 
 
@@ -35,16 +35,20 @@ def of_answers(answers: Answers, recipe: OnlineRecipe) -> dict[str, Tensor | flo
     scores, lengths = answers.scores[scored].double(), answers.lengths()
     metrics = {
         "reward/score_mean": scores.mean(),
-        "reward/score_std": scores.std(),
+        "reward/score_std": deviation(scores),
         "reward/unscored": (~scored).sum(),
         "rollout/length_mean": lengths.double().mean(),
         "rollout/finished": answers.finished.double().mean(),
         "rollout/repeated": repeated_share(answers.ids[:, -answers.response_mask.shape[1] :], answers.response_mask),
     }
     if recipe.train.answers > 1:
-        spread = answers.scores.view(-1, recipe.train.answers).std(-1)
-        metrics["reward/flat_groups"] = (spread == 0).double().mean()
+        metrics["reward/flat_groups"] = is_flat(answers.scores.view(-1, recipe.train.answers)).double().mean()
     return metrics
+
+
+def deviation(values: Tensor) -> Tensor | float:
+    """With Bessel's correction; NaN of fewer than two."""
+    return values.std() if len(values) > 1 else math.nan
 
 
 def of_tokens(answers: Answers, seen: Seen, experience: Experience) -> dict[str, Tensor]:

@@ -100,6 +100,13 @@ def to_experience(
     )
 
 
+def is_flat(scores: Tensor) -> Tensor:
+    """(N, G) -> (N,): groups whose scored answers all score the same; there is nothing to learn from them."""
+    low = scores.nan_to_num(torch.inf).amin(-1)
+    high = scores.nan_to_num(-torch.inf).amax(-1)
+    return ~(high > low)
+
+
 def estimate(block: Estimator, signals: dict[str, Tensor], state: OnlineState) -> tuple[Tensor, Tensor | None]:
     """Advantages that can be broadcast to (B, R), and the critic's targets where the estimator has any."""
     inputs = ADVANTAGES[block.name].inputs  # type: ignore[attr-defined]

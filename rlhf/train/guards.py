@@ -150,5 +150,6 @@ def check_counts(counts: Mapping[str, float], step: int, index: int) -> None:
         if not count:
             raise NumericsError(
                 f"expected {name} to learn from in minibatch {index + 1} of step {step + 1}, found none",
-                fix="All its answers are unscored: use fewer train.minibatches, or a reward that scores more answers.",
+                fix="All its answers are unscored, or unfinished and left out by scores.drop_unfinished: use fewer"
+                " train.minibatches, a reward that scores more answers, or a larger sampling.max_new_tokens.",
             )

@@ -155,7 +155,7 @@ def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
         metrics.update({f"{name}/{key}": value for key, value in total.means().items()})
         if norms[name]:
             metrics[f"{name}/grad_norm"] = sum(norms[name]) / len(norms[name])
-    if stage.target_kl is not None:
+    if stage.target_kl is not None and step >= stage.policy_starts:
         metrics["policy/updates"] = index + 1
     return metrics
 

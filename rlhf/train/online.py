@@ -29,7 +29,7 @@ from rlhf.recipe.stages import OnlineRecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train.alarms import stop_error
 from rlhf.train.describe import describe
-from rlhf.train.experience import Answers, Seen, to_experience
+from rlhf.train.experience import Answers, Seen, is_flat, to_experience
 from rlhf.train.guards import (
     check_finite,
     check_ids,
@@ -289,13 +289,6 @@ def agreed(work: Callable[[], T]) -> T:
         if told is not None:
             raise error or told
     return result  # type: ignore[return-value]
-
-
-def is_flat(scores: Tensor) -> Tensor:
-    """(N, G) -> (N,): groups whose scored answers all score the same; there is nothing to learn from them."""
-    low = scores.nan_to_num(torch.inf).amin(-1)
-    high = scores.nan_to_num(-torch.inf).amax(-1)
-    return ~(high > low)
 
 
 def gathered(mine: Answers, pad_id: int) -> Answers:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -10,13 +11,14 @@ import torch
 from torch import nn
 
 from rlhf.batch import Loss
+from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
 from rlhf.errors import CheckpointError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 from rlhf.run import commit
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
-from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
+from rlhf.train.checkpoints import Running, load_checkpoint, save_checkpoint
 
 
 def engines(stage: int = 2, seed: int = 0) -> dict[str, Engine]:
@@ -47,10 +49,10 @@ def test_training_goes_on_from_a_checkpoint(forked, tmp_path, zero):
     def body():
         stage, first = folder(tmp_path), engines(zero)
         train(first, 1)
-        save_checkpoint(stage, first, 1, keep=2)
+        save_checkpoint(stage, Running(first), 1, keep=2)
         train(first, 2)
         second = engines(zero, seed=9)
-        assert load_checkpoint(commit.newest_checkpoint(stage.checkpoints), second) == 1
+        assert load_checkpoint(commit.newest_checkpoint(stage.checkpoints), Running(second)) == 1
         train(second, 2)
         for name, engine in first.items():
             state = second[name].state_dict()
@@ -64,7 +66,7 @@ def test_a_checkpoint_is_sealed_and_old_ones_go(forked, tmp_path):
     def body():
         stage, both = folder(tmp_path), engines()
         for step in (3, 6, 9):
-            save_checkpoint(stage, both, step, keep=2)
+            save_checkpoint(stage, Running(both), step, keep=2)
         assert sorted(path.name for path in stage.checkpoints.iterdir()) == ["step-000006", "step-000009"]
         newest = commit.newest_checkpoint(stage.checkpoints)
         assert newest == stage.checkpoint(9)
@@ -84,11 +86,47 @@ def test_a_checkpoint_is_sealed_and_old_ones_go(forked, tmp_path):
 def test_another_layout_is_refused_with_a_remedy(forked, tmp_path, change, words):
     def body():
         stage, both = folder(tmp_path), engines()
-        save_checkpoint(stage, both, 1, keep=1)
+        save_checkpoint(stage, Running(both), 1, keep=1)
         path = stage.checkpoint(1) / "MANIFEST.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         with pytest.raises(CheckpointError, match=f"expected {words}") as error:
-            load_checkpoint(stage.checkpoint(1), both)
+            load_checkpoint(stage.checkpoint(1), Running(both))
         assert "same number of devices" in str(error.value) and "--restart" in str(error.value)
+
+    forked(body)
+
+
+@dataclass
+class Remembered:
+    """Numbers that a stage goes on from."""
+
+    kl_coef: float
+
+    def as_json(self) -> dict[str, float]:
+        return {"kl_coef": self.kl_coef}
+
+    def restore(self, saved: dict[str, float]) -> None:
+        self.kl_coef = saved["kl_coef"]
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_averages_and_numbers_travel_with_the_engines(forked, tmp_path, zero):
+    def running(seed: int, coef: float) -> Running:
+        made = engines(zero, seed)
+        return Running(made, {"ema": Ema(made["policy"], 0.5)}, Remembered(coef))
+
+    def body():
+        stage, first = folder(tmp_path), running(0, 0.125)
+        start = first.others["ema"].average["weight"].clone()
+        train(first.engines, 1)
+        first.others["ema"].update()
+        save_checkpoint(stage, first, 1, keep=1)
+        files = json.loads((stage.checkpoint(1) / "MANIFEST.json").read_text())["files"]
+        assert {name.split("/")[0] for name in files} == {"policy", "critic", "ema", "state.json"}
+        second = running(9, 1.0)
+        assert load_checkpoint(stage.checkpoint(1), second) == 1
+        assert second.state.kl_coef == 0.125
+        found = second.others["ema"].average["weight"]
+        assert torch.equal(found, first.others["ema"].average["weight"]) and not torch.equal(found, start)
 
     forked(body)

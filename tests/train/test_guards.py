@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlhf.batch import Experience
 from rlhf.errors import NumericsError
-from rlhf.train.advantages import Scored
+from rlhf.train.experience import Answers
 from rlhf.train.guards import (
     active_dropout,
     check_counts,
@@ -146,9 +146,9 @@ def test_a_score_is_finite():
 
 def test_the_samplers_numbers_are_looked_at_too():
     good = experience()
-    logprobs = [good.old_logprobs.clone(), good.old_logprobs, good.ref_logprobs]
-    scored = Scored(good.ids, good.attention, MASK, *logprobs, torch.ones(3).bool(), good.scores)
-    check_finite(scored, step=0)
-    logprobs[0][0, 0] = -torch.inf
+    logprobs, finished = good.old_logprobs.clone(), torch.ones(3).bool()
+    answers = Answers(good.ids, good.attention, MASK, logprobs, finished, good.scores, good.scores[:, None])
+    check_finite(answers, step=0)
+    logprobs[0, 0] = -torch.inf
     with pytest.raises(NumericsError, match="expected finite sample_logprobs, found 1 of 5 .* -inf in row 0, token 0"):
-        check_finite(scored, step=0)
+        check_finite(answers, step=0)

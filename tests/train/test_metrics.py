@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf.recipe.schema import LogBlock
-from rlhf.train.metrics import Meter, MetricsLog
+from rlhf.train.metrics import Meter, MetricsLog, Totals
 
 
 def test_means_are_weighted_by_their_denominators(forked):
@@ -19,7 +19,8 @@ def test_means_are_weighted_by_their_denominators(forked):
         meter.add({"loss": (torch.tensor(6.0), "tokens"), "length": (torch.tensor(3), "rows")})
         meter.add_counts({"tokens": 1.0, "rows": 2.0})
         meter.add({"loss": (torch.tensor(2.0, requires_grad=True), "tokens"), "length": (torch.tensor(2), "rows")})
-        assert meter.means() == {"loss": 2.0, "length": 1.25}  # 8 / 4, 5 / 4
+        assert meter.reduce().values == {"loss": (8.0, 4.0), "length": (5.0, 4.0)}
+        assert meter.means() == {"loss": 2.0, "length": 1.25}
         assert meter.means() == {"loss": 2.0, "length": 1.25}  # looking changes nothing
         assert Meter().means() == {}
 
@@ -34,6 +35,14 @@ def test_a_metric_without_its_count_is_our_mistake(forked):
             meter.means()
 
     forked(body)
+
+
+def test_totals_of_optimizer_steps_are_weighted_by_their_denominators():
+    whole = Totals()
+    whole.add(Totals({"loss": (6.0, 3.0)}))
+    whole.add(Totals({"loss": (2.0, 1.0), "kl": (5.0, 10.0)}))  # a metric may come later
+    assert whole.values == {"loss": (8.0, 4.0), "kl": (5.0, 10.0)} and whole.means() == {"loss": 2.0, "kl": 0.5}
+    assert Totals().means() == {}
 
 
 def test_rows_are_appended_with_step_and_time(forked, tmp_path):

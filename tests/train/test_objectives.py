@@ -10,12 +10,14 @@ from torch import Tensor
 
 from rlhf.algo.advantages import ADVANTAGES
 from rlhf.batch import Experience, Pairs, Tokens
-from rlhf.recipe.options import DpoLoss, GaeAdvantage, PpoClipLoss, PpoValueLoss, RmBtLoss
-from rlhf.recipe.schema import OptimBlock, SamplingBlock
-from rlhf.recipe.stages import GRPOKlBlock
+from rlhf.recipe.options import DpoLoss, RmBtLoss
+from rlhf.recipe.policy_options import GaeAdvantage, PpoPenaltyLoss, PpoValueLoss
+from rlhf.recipe.schema import OptimBlock
+from rlhf.recipe.stages import GRPORecipe
 from rlhf.train.objectives import (
     PolicyObjective,
     PreferenceObjective,
+    PretrainingObjective,
     RewardObjective,
     SFTObjective,
     ValueObjective,
@@ -27,6 +29,7 @@ from rlhf.train.objectives import (
     trim,
     trim_experience,
 )
+from rlhf.train.state import OnlineState
 
 
 class Given:
@@ -212,13 +215,15 @@ def test_dpo_without_reference_is_our_mistake():
 ANSWERS = [[1, 1, 1], [1, 1, 0]]  # one prompt column; answers of two tokens and of one
 
 
-def policy(
-    new: list[list[float]], *, aggregation: str = "token_mean", kl: GRPOKlBlock | None = None
-) -> PolicyObjective:
+NO_KL = {"placement": "reward"}
+
+
+def policy(new: list[list[float]], **options) -> PolicyObjective:
+    """The objective of a recipe with these options; the policy says `new`, its entropy is 2 nats per token."""
     engine = Given(lambda ids, attention, **_: (torch.tensor(new), torch.full((2, 2), 2.0)))
-    return PolicyObjective.from_blocks(
-        engine, OptimBlock(), PpoClipLoss(), aggregation=aggregation, sampling=SamplingBlock(), kl=kl
-    )
+    values = {"model": {"from": "sft"}, "data": {"path": "x"}, "aggregation": "token_mean", "kl": NO_KL, **options}
+    recipe = GRPORecipe.model_validate({**values, "sampling": {"max_new_tokens": 4}})
+    return PolicyObjective.from_recipe(engine, recipe, OnlineState.at_start(recipe))
 
 
 def sampled(**fields) -> Experience:
@@ -243,20 +248,77 @@ def test_a_policy_that_moved_too_far_is_clipped():
     change = math.log(1.5)
     loss = policy([[-1.0 + change, -1.0], [-1.0 + change, 5.0]]).loss(sampled())
     assert terms(loss) == {"policy": (round(-(1.2 * 1.0 - 2.0 + 1.2 * 3.0), 5), "tokens", 1.0)}
-    assert metrics(loss)["clipfrac"] == (2.0, "tokens")
-    assert metrics(loss)["logprob_change"] == (round(2 * change, 5), "tokens")
+    found = metrics(loss)
+    assert found["clipfrac"] == found["clipfrac_high"] == (2.0, "tokens") and found["clipfrac_low"] == (0.0, "tokens")
+    assert found["logprob_change"] == (round(2 * change, 5), "tokens")
+    assert found["approx_kl"] == (round(2 * change**2 / 2, 5), "tokens")
+    assert found["kl_old"] == (round(2 * (1.5 - 1 - change), 5), "tokens")  # ratio - 1 - log ratio
+
+
+def test_a_bad_token_that_was_lowered_enough_is_clipped_below():
+    loss = policy([[-1.0, -1.0 + math.log(0.5)], [-1.0, 5.0]]).loss(sampled())
+    assert terms(loss) == {"policy": (-(1.0 - 0.8 * 2.0 + 3.0), "tokens", 1.0)}
+    found = metrics(loss)
+    assert found["clipfrac"] == found["clipfrac_low"] == (1.0, "tokens") and found["clipfrac_high"] == (0.0, "tokens")
 
 
 def test_sequence_means_and_the_kl_term():
-    kl = GRPOKlBlock(coef=0.25)
     away = sampled(ref_logprobs=torch.full((2, 2), -1.0 + math.log(2)))
-    loss = policy([[-1.0, -1.0], [-1.0, 5.0]], aggregation="sequence_mean", kl=kl).loss(away)
+    loss = policy([[-1.0, -1.0], [-1.0, 5.0]], aggregation="sequence_mean", kl={"coef": 0.25}).loss(away)
     k3 = 2 - 1 - math.log(2)  # exp(ref - new) - 1 - (ref - new)
     assert terms(loss) == {
         "policy": (-((1.0 - 2.0) / 2 + 3.0), "sequences", 1.0),
         "kl": (round(2 * k3, 5), "sequences", 0.25),
     }
     assert metrics(loss)["kl_loss"] == (round(2 * k3, 5), "sequences")
+
+
+@pytest.mark.parametrize(
+    ("aggregation", "total", "denominator"),
+    [
+        ("token_mean", 1.0 - 2.0 + 3.0, "tokens"),
+        ("sequence_mean", (1.0 - 2.0) / 2 + 3.0, "sequences"),
+        ("sequence_sum", 1.0 - 2.0 + 3.0, "sequences"),
+        ("constant", (1.0 - 2.0 + 3.0) / 4, "sequences"),  # over sampling.max_new_tokens
+    ],
+)
+def test_every_way_to_add_a_loss_up(aggregation, total, denominator):
+    loss = policy([[-1.0, -1.0], [-1.0, 5.0]], aggregation=aggregation).loss(sampled())
+    assert terms(loss) == {"policy": (-total, denominator, 1.0)} and metrics(loss)["loss"] == (-total, denominator)
+
+
+def test_entropy_is_a_term_where_it_has_a_weight():
+    with_bonus = policy([[-1.0, -1.0], [-1.0, 5.0]], entropy_coef=0.5)
+    assert terms(with_bonus.loss(sampled()))["entropy"] == (6.0, "tokens", -0.5)
+    assert with_bonus.engine.calls[0][2]["entropy"] == "gradient"
+    without = policy([[-1.0, -1.0], [-1.0, 5.0]])
+    assert "entropy" not in terms(without.loss(sampled())) and without.engine.calls[0][2]["entropy"] == "value"
+
+
+def test_coefficients_are_read_from_the_state_when_they_are_used():
+    objective = policy(
+        [[-1.0 + math.log(2), -1.0], [-1.0, 5.0]],
+        policy_loss={"name": "ppo_penalty"},
+        kl={"coef": 0.25},
+        train={"inner_epochs": 2},
+    )
+    assert objective.state.penalty_beta == PpoPenaltyLoss().beta == 1.0
+    objective.state.penalty_beta, objective.state.kl_coef = 4.0, 0.75
+    found = terms(objective.loss(sampled()))
+    # -2 A and 4 (2 - 1 - ln 2) on the first token; -A on the others
+    assert found["policy"][0] == round(-(2.0 - 2.0 + 3.0) + 4 * (1 - math.log(2)), 5)
+    assert found["kl"][2] == 0.75
+
+
+def test_supervised_rows_travel_with_the_answers():
+    engine = Given(minus_ids)
+    objective = PretrainingObjective(engine, OptimBlock(), 0.5)
+    batch = sampled(pretraining=tokens([4, 3], [2, 2], 6))
+    assert {name: int(count) for name, count in objective.counts(batch).items()} == {"tokens": 3}
+    loss = objective.loss(batch)
+    assert terms(loss) == {"nll": (0.2, "tokens", 0.5)} and metrics(loss) == {"loss": (0.2, "tokens")}
+    with pytest.raises(AssertionError, match="supervised rows are missing"):
+        objective.loss(sampled())
 
 
 def test_the_critic_by_hand():
@@ -270,7 +332,6 @@ def test_the_critic_by_hand():
 
 
 def test_objectives_name_their_group():
-    groups = [
-        kind.group for kind in (SFTObjective, RewardObjective, PreferenceObjective, PolicyObjective, ValueObjective)
-    ]
-    assert groups == ["train", "train", "train", "policy", "value"]
+    offline = [kind.group for kind in (SFTObjective, RewardObjective, PreferenceObjective)]
+    online = [kind.group for kind in (PolicyObjective, PretrainingObjective, ValueObjective)]
+    assert (offline, online) == (["train"] * 3, ["policy", "ptx", "value"])
