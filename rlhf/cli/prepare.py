@@ -10,10 +10,10 @@ from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.reward_options import FunctionReward
-from rlhf.recipe.stages import OnlineRecipe, Recipe
+from rlhf.recipe.stages import Recipe, ScoringRecipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
-from rlhf.train.job import DATA_KIND, Job, local_path, model_refs
+from rlhf.train.job import DATA_KIND, LABELLED, Job, data_refs, local_path, model_refs, with_paths
 
 
 def prepare(
@@ -41,10 +41,14 @@ def prepare(
         elif ref.path:
             check_model_folder(local_path(ref.path))
     check_tokenizers(loaded, parents)
-    resolved = dump_recipe(recipe)
+    for key, source in data_refs(recipe):
+        assert source.from_ is not None
+        parents[key] = resolve_parent(source.from_, run, LABELLED, f"{key}.from", loaded.place(f"{key}.from"))
+    recipe = with_paths(recipe, parents)
+    resolved = dump_recipe(loaded.recipe)
     inputs = {
         "stage": stage,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": loaded.recipe.model_dump(mode="json", by_alias=True),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
         "data": check_data(recipe, stage),
         "code": {str(file): hash_file(file) for file in sorted(code)},
@@ -66,7 +70,7 @@ def check_extras(loaded: LoadedRecipe) -> None:
 def check_code(loaded: LoadedRecipe, allowed: list[Path]) -> frozenset[Path]:
     """The reward files that the recipe names; each must have been named on the command line too."""
     recipe = loaded.recipe
-    rewards = recipe.rewards if isinstance(recipe, OnlineRecipe) else []
+    rewards = recipe.rewards if isinstance(recipe, ScoringRecipe) else []
     named = set()
     for i, reward in enumerate(rewards):
         if isinstance(reward, FunctionReward):

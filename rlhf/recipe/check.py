@@ -12,10 +12,20 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.recipe.check_label import devices_share_answers, only_asked
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FormatReward, FunctionReward, ModelReward
 from rlhf.recipe.schema import ModelRef, SourceBlock, ZeroBlock
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import (
+    LabelRecipe,
+    OnlineRecipe,
+    PPORecipe,
+    PreferenceRecipe,
+    Recipe,
+    RewardRecipe,
+    ScoringRecipe,
+    SFTRecipe,
+)
 
 Problems = Iterator[Problem]
 OfflineRecipe = SFTRecipe | RewardRecipe | PreferenceRecipe
@@ -99,7 +109,7 @@ def _roles(recipe: Recipe) -> Iterator[tuple[str, ModelRef, bool]]:
         yield "reference", recipe.reference, True
     if isinstance(recipe, PPORecipe):
         yield "critic", recipe.critic, False
-    if isinstance(recipe, OnlineRecipe):
+    if isinstance(recipe, ScoringRecipe):
         for i, reward in enumerate(recipe.rewards):
             if isinstance(reward, ModelReward):
                 yield f"rewards.{i}", reward, False
@@ -141,12 +151,15 @@ def no_dropout(recipe: Recipe) -> Problems:
 
 def zero_of_roles(recipe: Recipe) -> Problems:
     """What DeepSpeed can do for trained and for frozen models."""
-    yield from trained_zero("zero", recipe.zero, recipe.model.dtype)
+    if isinstance(recipe, LabelRecipe):
+        yield from frozen_zero("zero", recipe.zero)
+    else:
+        yield from trained_zero("zero", recipe.zero, recipe.model.dtype)
     if isinstance(recipe, PPORecipe):
         yield from trained_zero("critic.zero", recipe.critic.zero, recipe.model.dtype)
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
         yield from frozen_zero("reference.zero", recipe.reference.zero)
-    if isinstance(recipe, OnlineRecipe):
+    if isinstance(recipe, ScoringRecipe):
         for i, reward in enumerate(recipe.rewards):
             if isinstance(reward, ModelReward):
                 yield from frozen_zero(f"rewards.{i}.zero", reward.zero)
@@ -183,7 +196,7 @@ def _offload_params(key: str, zero: ZeroBlock) -> Problems:
 
 # --- data ----------------------------------------------------------------------------------------------------------
 
-INLINE = [key for key in SourceBlock.model_fields if key != "path"]
+INLINE = [key for key in SourceBlock.model_fields if key not in ("from_", "path")]
 
 
 def inline_options(recipe: Recipe) -> Problems:
@@ -199,9 +212,12 @@ def inline_options(recipe: Recipe) -> Problems:
 def source_paths(recipe: Recipe) -> Problems:
     """Every source says where it is."""
     for key, source in _sources(recipe):
-        if not source.path:
-            fix = "write path: a file, a folder or a hub id"
+        if not (source.from_ or source.path):
+            fix = "write path: a file, a folder or a hub id, or from: a label stage"
             yield Problem(f"{key}.path", "expected text, found nothing", fix)
+        if source.from_ and source.path:
+            also = (f"{key}.from", f"{key}.path")
+            yield Problem(key, "expected one of from and path, found both", "remove one of them", also)
 
 
 def templates(recipe: Recipe) -> Problems:
@@ -236,7 +252,7 @@ def prompt_length(recipe: Recipe) -> Problems:
         yield Problem("data.max_prompt_length", what, "leave room for the answer", ("data.max_length",))
 
 
-def room_for_prompts(recipe: OnlineRecipe) -> Problems:
+def room_for_prompts(recipe: ScoringRecipe) -> Problems:
     """What sampling takes of the row limit leaves room for the prompt."""
     room = recipe.data.max_length - recipe.sampling.max_new_tokens
     if room <= 0:
@@ -256,14 +272,14 @@ def eval_data(recipe: OfflineRecipe) -> Problems:
 # --- sampling and rewards ------------------------------------------------------------------------------------------
 
 
-def stop_texts(recipe: SFTRecipe | PreferenceRecipe | OnlineRecipe) -> Problems:
+def stop_texts(recipe: SFTRecipe | PreferenceRecipe | ScoringRecipe) -> Problems:
     """An empty stop text would end every answer at once."""
     for i, text in enumerate(recipe.sampling.stop):
         if not text:
             yield Problem(f"sampling.stop.{i}", "expected a token, found empty text", "remove it")
 
 
-def reward_options(recipe: OnlineRecipe) -> Problems:
+def reward_options(recipe: ScoringRecipe) -> Problems:
     """Patterns compile and functions are named as file.py:name."""
     for i, reward in enumerate(recipe.rewards):
         if isinstance(reward, FormatReward):
@@ -346,6 +362,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": ONLINE,
     "grpo": ONLINE,
     "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts),
+    "label": (*COMMON, only_asked, room_for_prompts, stop_texts, reward_options),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "sft": (devices_share_batches,),
@@ -353,6 +370,7 @@ DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "ppo": (devices_share_rollouts,),
     "grpo": (devices_share_rollouts,),
     "dpo": (devices_share_batches,),
+    "label": (devices_share_answers,),
 }
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -370,7 +388,7 @@ def missing_files(recipe: Recipe) -> list[Problem]:
     named = []
     if recipe.model.chat_template and recipe.model.chat_template.endswith(".jinja"):
         named.append(("model.chat_template", recipe.model.chat_template))
-    if isinstance(recipe, OnlineRecipe):
+    if isinstance(recipe, ScoringRecipe):
         functions = [(i, r.function) for i, r in enumerate(recipe.rewards) if isinstance(r, FunctionReward)]
         named += [(f"rewards.{i}.function", text.rpartition(":")[0]) for i, text in functions]
     return [_missing(key, file) for key, file in named if not Path(file).is_file()]

@@ -12,7 +12,7 @@ from rlhf.models.load import read_config
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer
 from rlhf.recipe.reward_options import ExactReward, FunctionReward, NumericReward
 from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import OnlineRecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import PreferenceRecipe, RewardRecipe, ScoringRecipe, SFTRecipe
 from rlhf.rewards.rules import RULES, load_function
 from rlhf.train.job import Job, model_refs
 from rlhf.train.objectives import bind
@@ -89,7 +89,7 @@ def check_tokens(
 def check_rewards(job: Job, prompts: list[PromptExample]) -> None:
     """The reward files load, and every row has the reference answer that a rule compares with."""
     recipe = job.recipe
-    if not isinstance(recipe, OnlineRecipe):
+    if not isinstance(recipe, ScoringRecipe):
         return
     for spec in recipe.rewards:
         if isinstance(spec, FunctionReward):

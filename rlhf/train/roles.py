@@ -12,7 +12,7 @@ from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
+from rlhf.recipe.stages import LabelRecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, ScoringRecipe
 from rlhf.rewards.rules import RULES
 from rlhf.rewards.scorer import Part, Scorer, model_part, rule_part
 from rlhf.train.job import Job
@@ -29,6 +29,16 @@ def policy_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
         model = build_policy(_source(job), tokenizer, setup, revision=block.revision)
     return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype, job.recipe.train)
+
+
+def frozen_policy(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """The recipe's policy, only asked."""
+    block = job.recipe.model
+    with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
+        model = build_policy(
+            _source(job), tokenizer, Setup.frozen(block.dtype, block.attention), revision=block.revision
+        )
+    return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype)
 
 
 def reward_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
@@ -83,7 +93,8 @@ def is_same_start(job: Job) -> bool:
 def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
     """All rewards of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2."""
     recipe = job.recipe
-    assert isinstance(recipe, OnlineRecipe)
+    assert isinstance(recipe, ScoringRecipe)
+    micro_batch = recipe.label.micro_batch if isinstance(recipe, LabelRecipe) else recipe.train.micro_batch
     parts: dict[str, Part] = {}
     weights: dict[str, float] = {}
     for i, spec in enumerate(recipe.rewards):
@@ -95,7 +106,7 @@ def scorer(job: Job, tokenizer: PreTrainedTokenizerFast) -> Scorer:
             with sharded_loading(spec.zero, bf16=spec.dtype == "bf16"):
                 model = build_scorer(source, tokenizer, setup, head="keep", revision=spec.revision)
             engine = _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
-            parts[name] = model_part(engine, recipe.train.micro_batch, engine.device)
+            parts[name] = model_part(engine, micro_batch, engine.device)
         else:
             parts[name] = rule_part(bind(RULES, spec))
         weights[name] = spec.weight

@@ -150,8 +150,9 @@ def test_other_problems_are_still_told_when_a_required_block_is_wrong(refuse: Ca
     [
         ("model: {from: a, path: b}\ndata: {path: x}", "r.yaml:1:1: model", "from and path"),
         ("model: {dtype: fp32}\ndata: {path: x}", "r.yaml:1:1: model", "none of them"),
-        ("model: {from: a}\ndata:\n  path: x\n  sources: [{path: y}]", "r.yaml:2:1: data", "both"),
-        ("model: {from: a}\ndata: {limit: 3}", "r.yaml:2:1: data", "neither"),
+        ("model: {from: a}\ndata:\n  path: x\n  sources: [{path: y}]", "r.yaml:2:1: data", "path and sources"),
+        ("model: {from: a}\ndata: {path: x, from: label}", "r.yaml:2:1: data", "from and path"),
+        ("model: {from: a}\ndata: {limit: 3}", "r.yaml:2:1: data", "none of them"),
     ],
 )
 def test_exclusive_keys_are_told_at_their_block(
@@ -183,7 +184,8 @@ def test_keys_cannot_drive_the_terminal(refuse: Callable[..., list[str]]) -> Non
 
 @pytest.mark.parametrize("stage", RECIPES)
 def test_dumped_recipes_load_equal(stage: str, load: Callable[..., LoadedRecipe]) -> None:
-    changes = ["train.lr=3e-7", "train.betas=[0.8, 0.99]", 'data.templates={prompt: "a: {b} # c"}', "log.wandb=1e5"]
+    changes = ['data.templates={prompt: "a: {b} # c"}', "log.wandb=1e5"]
+    changes += ["rewards=[{kind: length}]"] if stage == "label" else ["train.lr=3e-7", "train.betas=[0.8, 0.99]"]
     first = load("model: {path: '007', revision: '1e5'}\ndata: {path: 'no'}\n", stage, *changes)
     text = dump_recipe(first.recipe)
     again = load(text, stage)
