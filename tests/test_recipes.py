@@ -15,7 +15,7 @@ from rlhf.recipe.stages import RECIPES
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.y*ml"))
-PIPELINES = ("pipeline", "tiny")
+PIPELINES = ("pipeline", "tiny", "iterative")
 STAGES = [path for path in FILES if path.stem not in PIPELINES]
 CHAINS = [path for path in FILES if path.stem in PIPELINES]
 

@@ -180,7 +180,7 @@ def test_kl_estimators_are_finite_and_0_at_the_reference(entry: Entry) -> None:
 
 @pytest.mark.parametrize("entry", RULES, ids=lambda e: e.name)
 def test_rules_score_every_answer_with_their_default_options(entry: Entry) -> None:
-    rows = [{"row": i, "answer": f"#### {i}"} for i in range(4)]
+    rows = [{"row": i, "prompt": "the plot", "answer": f"#### {i}"} for i in range(4)]
     scores = entry.function(rows, ["#### 0", "", "no\ufffd", "#### 3"], **defaults(entry))
     assert len(scores) == 4 and all(isinstance(score, float) for score in scores)
 
