@@ -166,6 +166,30 @@ def test_pairs_made_again_are_noticed(labelled, cli, cold_cli):
     assert dry.code == 0 and "from: short" in dry.out
 
 
+def test_a_pipeline_goes_round_and_a_further_round_skips_what_is_finished(labelled, cli):
+    file = labelled.recipes / "rounds.yaml"
+    steps = [
+        {"stage": "label", "recipe": "label.yaml", "name": "label-{round}", "set": {"data.limit": 12}},
+        {
+            "stage": "rm",
+            "recipe": "rm.yaml",
+            "name": "rm-{round}",
+            "set": {"data.sources": [{"from": "label-{round}"}], "data.eval_rows": 2, "train.seed": "{round}"},
+        },
+    ]
+    again = {"stage": "label", "recipe": "label.yaml", "name": "last", "set": {"data.limit": 12}}
+    for rounds in (1, 2):
+        file.write_text(yaml.safe_dump({"stages": [{"rounds": rounds, "stages": steps}, again]}))
+        done = cli("run", file, "--run", labelled.root)
+        assert done.code == 0, done.err
+        assert done.out.count("was finished before") == (0 if rounds == 1 else 3)
+    for number in (1, 2):
+        provenance = json.loads((labelled.root / f"rm-{number}" / "provenance.json").read_text())
+        assert [parent["stage"] for parent in provenance["parents"]] == ["sft", f"label-{number}"]
+        assert provenance["seed"] == number
+    assert content(labelled, "label-1") == content(labelled, "label-2") == content(labelled, "last")
+
+
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 

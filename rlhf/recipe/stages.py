@@ -139,7 +139,7 @@ class Recipe(Block):
     """What every stage has."""
 
     model: ModelBlock = Field(description="the model to train")
-    data: DataBlock = Field(description="what to learn from")
+    data: DataBlock = Field(description="what to learn from, or the prompts to answer")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the trained model")
     log: RecordBlock = Field(RecordBlock(), description="what is recorded")
 
@@ -243,7 +243,6 @@ class LabelRecipe(Recipe):
     """Comparisons from a policy: answers are sampled, scored and paired. Nothing is trained."""
 
     model: ModelBlock = Field(description="the policy that answers")
-    data: DataBlock = Field(description="the prompts")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the policy; stage 0 or 3")
     rewards: list[Reward] = Field(min_length=1, description="the labeller: scores, added up with their weights")
     sampling: SamplingBlock = Field(SamplingBlock(), description="how answers are sampled")
