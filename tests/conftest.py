@@ -117,6 +117,11 @@ def tiny_recipes(data: Path, context: int = 128) -> dict[str, dict]:
         "dpo": {**policy, "data": rows("pairs", 8), "train": offline},
         "ppo": {**sampled, "train": online, "critic": {"lr": 1e-4}},
         "grpo": {**sampled, "train": {**online, "answers": 4}},
+        "label": {
+            **sampled,
+            "rewards": [{"kind": "model", "from": "rm"}],
+            "label": {"batch": 16, "rollout_batch": 16, "micro_batch": 4},
+        },
     }
 
 

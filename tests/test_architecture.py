@@ -27,7 +27,7 @@ ALLOWED = {
     "models": {
         "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe", "rlhf.algo.logprobs",
     },
-    "rewards": {"torch", "rlhf.batch", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
+    "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "torch", "transformers", "wandb", "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine",

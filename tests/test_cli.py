@@ -20,6 +20,7 @@ COMMANDS = {
     "ppo": STAGE,
     "grpo": STAGE,
     "dpo": STAGE,
+    "label": STAGE,
     "reward-model": STAGE,
     "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code",
     "status": "run --json",
@@ -93,10 +94,10 @@ def test_version(cold_cli):
         (["sft", "recipes/demo/stf.yaml", "--run", "x"], "did you mean recipes/demo/sft.yaml?"),
         (["sft", "recipes/demo", "--run", "x"], "expected a YAML file, found a folder"),
         (["run", "no-such.yaml", "--run", "x"], "expected a YAML file, found nothing"),
-        (["show", "recipes/demo/pipeline.yaml"], "--stage sft | rm | dpo | ppo | grpo"),
-        (["schema", "stf"], "expected one of sft, rm, ppo, grpo, dpo, found 'stf'"),
+        (["show", "recipes/demo/pipeline.yaml"], "--stage sft | rm | dpo | ppo | grpo | label"),
+        (["schema", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, found 'stf'"),
         (["explain", "train.lrr"], "did you mean train.lr?"),
-        (["explain", "lr", "--stage", "stf"], "expected one of sft, rm, ppo, grpo, dpo, found 'stf'"),
+        (["explain", "lr", "--stage", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, found 'stf'"),
     ],
 )
 def test_what_cannot_be_understood_exits_2_and_says_why(cold_cli, command, text):
@@ -155,12 +156,15 @@ def test_a_finished_stage_answers_without_torch(cold_cli, tiny):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_dry_run_shows_every_default_and_writes_nothing(cold_cli, tiny, stage):
     before = tiny.files()
-    options = ["--name", "dry", "--set", "train.lr=3e-5", "--gpus", "2", "--dry-run"]
-    done = cold_cli(*tiny.command(stage, *options))
+    change = "label.min_margin=3e-5" if stage == "label" else "train.lr=3e-5"
+    done = cold_cli(*tiny.command(stage, "--name", "dry", "--set", change, "--gpus", "2", "--dry-run"))
     assert done.code == 0 and not done.torch, done.err
     assert tiny.files() == before and not (tiny.root / ".dry.lock").exists()
     resolved = yaml.safe_load(done.out)
-    assert float(resolved["train"]["lr"]) == 3e-5 and resolved["train"]["weight_decay"] == 0.0
+    if stage == "label":
+        assert float(resolved["label"]["min_margin"]) == 3e-5 and resolved["label"]["pairs"] == "best_worst"
+    else:
+        assert float(resolved["train"]["lr"]) == 3e-5 and resolved["train"]["weight_decay"] == 0.0
     assert "of 2 devices" in done.out.splitlines()[-2] + done.out.splitlines()[-1]
 
 

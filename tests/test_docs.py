@@ -55,7 +55,7 @@ def written_names() -> set[str]:
 
 def full_names() -> set[str]:
     """Names written out, group and all."""
-    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|speed|test|kl)/[a-z_0-9]+")
+    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|label|speed|test|kl)/[a-z_0-9]+")
     nodes = [node for path in TRAIN.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {text for text in texts if pattern.fullmatch(text)}

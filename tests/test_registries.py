@@ -252,7 +252,7 @@ def test_kl_controllers_hold_at_the_target_and_never_turn_the_wrong_way(
 
 @pytest.mark.parametrize("entry", RULES, ids=by_name)
 def test_rules_score_every_answer_with_their_default_options(entry: Entry) -> None:
-    rows = [{"row": i, "answer": f"#### {i}"} for i in range(4)]
+    rows = [{"row": i, "prompt": "the plot", "answer": f"#### {i}"} for i in range(4)]
     scores = entry.function(rows, ["#### 0", "", "no\ufffd", "#### 3"], **defaults(RULES, entry))
     assert len(scores) == 4 and all(isinstance(score, float) for score in scores)
 

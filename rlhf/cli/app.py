@@ -47,6 +47,7 @@ STAGES = {
     "ppo": "PPO with a critic against a reward.",
     "grpo": "GRPO: groups of answers instead of a critic.",
     "dpo": "DPO and its family on preference pairs.",
+    "label": "Preference pairs from a policy: answers sampled, scored and compared.",
 }
 
 
@@ -140,7 +141,7 @@ def explain(
 
 
 @app.command(help="JSON Schema of a stage's recipe, for editors.")
-def schema(stage: Annotated[str, typer.Argument(help="sft, rm, ppo, grpo or dpo", show_default=False)]) -> None:
+def schema(stage: Annotated[str, typer.Argument(help="sft, rm, ppo, grpo, dpo or label", show_default=False)]) -> None:
     from rlhf.recipe.explain import json_schema
 
     if stage not in STAGES:

@@ -14,7 +14,16 @@ from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.stages import Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
-from rlhf.train.job import Job, data_kinds, local_path, model_refs, same_tokens_fix
+from rlhf.train.job import (
+    LABELLED,
+    Job,
+    data_kinds,
+    data_refs,
+    local_path,
+    model_refs,
+    same_tokens_fix,
+    with_paths,
+)
 
 
 def prepare(
@@ -42,10 +51,14 @@ def prepare(
         elif ref.path:
             check_model_folder(local_path(ref.path))
     check_tokenizers(loaded, parents)
-    resolved = dump_recipe(recipe)
+    for key, source in data_refs(recipe):
+        assert source.from_ is not None
+        parents[key] = resolve_parent(source.from_, run, LABELLED, f"{key}.from", loaded.place(f"{key}.from"))
+    recipe = with_paths(recipe, parents)
+    resolved = dump_recipe(loaded.recipe)
     inputs = {
         "stage": stage,
-        "recipe": recipe.model_dump(mode="json", by_alias=True),
+        "recipe": loaded.recipe.model_dump(mode="json", by_alias=True),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
         "data": check_data(recipe, stage),
         "code": {str(file): hash_file(file) for file in sorted(code)},

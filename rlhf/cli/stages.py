@@ -1,4 +1,4 @@
-"""`rlhf sft | rm | ppo | grpo | dpo`: one function behind all of them, so that their options are identical."""
+"""`rlhf sft | rm | ppo | grpo | dpo | label`: one function behind all of them, so that their options are identical."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ NEXT = {
     "ppo": "rlhf report {run}",
     "grpo": "rlhf report {run}",
     "dpo": "rlhf report {run}",
+    "label": "rlhf rm RECIPE --run {run} --set data.from={name}",
 }
 RANKS_PER_CORE = 2  # on a CPU, where ranks are for trying things out
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
@@ -174,5 +175,6 @@ def show_dry_run(resolved: str, loaded: LoadedRecipe, ranks: int) -> None:
 def announce(folder: Path, command: StageCommand, *, was_finished: bool) -> None:
     """Where the result is and what can be done next; on stdout."""
     state = "was finished before with the same inputs" if was_finished else "finished"
-    out.print(f"{command.stage} {state}: {folder / 'model'}", markup=False, soft_wrap=True)
-    out.print(f"next: {NEXT[command.stage].format(run=command.run)}", markup=False, soft_wrap=True)
+    result = "pairs.jsonl" if command.stage == "label" else "model"
+    out.print(f"{command.stage} {state}: {folder / result}", markup=False, soft_wrap=True)
+    out.print(f"next: {NEXT[command.stage].format(run=command.run, name=folder.name)}", markup=False, soft_wrap=True)

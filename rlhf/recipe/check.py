@@ -6,18 +6,37 @@ A rule yields `Problem(key, expected ..., found ...; what to do; further keys it
 from __future__ import annotations
 
 import os
-import string
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from rlhf.recipe.data_rules import (
+    eval_data,
+    inline_options,
+    parts,
+    prompt_length,
+    room_for_prompts,
+    source_paths,
+    sources,
+    templates,
+)
+from rlhf.recipe.label_rules import devices_share_answers, only_asked
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FunctionReward, ModelReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards, reward_options
-from rlhf.recipe.schema import DataBlock, ModelRef, SourceBlock, ZeroBlock
+from rlhf.recipe.schema import ModelRef, ZeroBlock
 from rlhf.recipe.shared_rules import share_base
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import (
+    LabelRecipe,
+    OnlineRecipe,
+    PPORecipe,
+    PreferenceRecipe,
+    Recipe,
+    RewardRecipe,
+    ScoringRecipe,
+    SFTRecipe,
+)
 
 Problems = Iterator[Problem]
 OfflineRecipe = SFTRecipe | RewardRecipe | PreferenceRecipe
@@ -142,7 +161,10 @@ def no_dropout(recipe: Recipe) -> Problems:
 
 def zero_of_roles(recipe: Recipe) -> Problems:
     """What DeepSpeed can do for trained and for frozen models."""
-    yield from trained_zero("zero", recipe.zero, recipe.model.dtype)
+    if isinstance(recipe, LabelRecipe):
+        yield from frozen_zero("zero", recipe.zero)
+    else:
+        yield from trained_zero("zero", recipe.zero, recipe.model.dtype)
     if isinstance(recipe, PPORecipe):
         yield from trained_zero("critic.zero", recipe.critic.zero, recipe.model.dtype)
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
@@ -181,98 +203,10 @@ def _offload_params(key: str, zero: ZeroBlock) -> Problems:
         yield Problem(f"{key}.offload_params", what, fix, (f"{key}.stage",))
 
 
-# --- data ----------------------------------------------------------------------------------------------------------
-
-INLINE = [key for key in SourceBlock.model_fields if key != "path"]
-
-
-def inline_options(recipe: Recipe) -> Problems:
-    """With several sources, what describes a source stands in it."""
-    for data in data_blocks(recipe):
-        for key in INLINE if data.sources else ():
-            if getattr(data, key) != SourceBlock.model_fields[key].default:
-                sources = f"{data.key}.sources"
-                what = f"expected it inside each of {sources}, found it beside them"
-                yield Problem(f"{data.key}.{key}", what, f"move {key} into the sources that need it", (sources,))
-
-
-def data_blocks(recipe: Recipe) -> Iterator[DataBlock]:
-    """The datasets of a recipe."""
-    yield recipe.data
-    if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
-        yield recipe.pretraining.data
-
-
-def source_paths(recipe: Recipe) -> Problems:
-    """Every source says where it is."""
-    for key, source in _sources(recipe):
-        if not source.path:
-            fix = "write path: a file, a folder or a hub id"
-            yield Problem(f"{key}.path", "expected text, found nothing", fix)
-
-
-def parts(recipe: Recipe) -> Problems:
-    """The second of two parts exists, the third does not."""
-    for key, source in _sources(recipe):
-        number, _, count = (source.part or "1/1").partition("/")
-        if int(number) > int(count):
-            yield Problem(f"{key}.part", f"expected at most {count}/{count}, found {source.part}", "parts count from 1")
-
-
-def templates(recipe: Recipe) -> Problems:
-    """The braces of a template can be filled."""
-    for key, source in _sources(recipe):
-        for name, text in source.templates.items():
-            try:
-                fields = [column for _, column, _, _ in string.Formatter().parse(text) if column is not None]
-            except ValueError as error:
-                fields, reason = [], f"an error ({error})"
-            else:
-                reason = "{} without a column" if "" in fields else ""
-            if reason:
-                fix = "write {column}, and {{ or }} for a brace itself"
-                yield Problem(f"{key}.templates.{name}", f"expected text with {{columns}}, found {reason}", fix)
-
-
-def _sources(recipe: Recipe) -> Iterator[tuple[str, SourceBlock]]:
-    for data in data_blocks(recipe):
-        if not data.sources:
-            yield data.key, data
-        for i, source in enumerate(data.sources):
-            yield f"{data.key}.sources.{i}", source
-        if data.eval is not None:
-            yield f"{data.key}.eval", data.eval
-
-
-def prompt_length(recipe: Recipe) -> Problems:
-    """A prompt limit below the row limit, so that an answer has room."""
-    data = recipe.data
-    if data.max_prompt_length is not None and data.max_prompt_length >= data.max_length:
-        what = f"expected less than data.max_length = {data.max_length}, found {data.max_prompt_length}"
-        yield Problem("data.max_prompt_length", what, "leave room for the answer", ("data.max_length",))
-
-
-def room_for_prompts(recipe: OnlineRecipe) -> Problems:
-    """What sampling takes of the row limit leaves room for the prompt."""
-    room = recipe.data.max_length - recipe.sampling.max_new_tokens
-    if room <= 0:
-        what = f"expected less than data.max_length = {recipe.data.max_length}, found {recipe.sampling.max_new_tokens}"
-        fix = "prompts may have max_length - max_new_tokens tokens: lower this, or raise data.max_length"
-        yield Problem("sampling.max_new_tokens", what, fix, ("data.max_length",))
-
-
-def eval_data(recipe: OfflineRecipe) -> Problems:
-    """Evaluating while training needs held-out rows."""
-    if recipe.eval.every and recipe.data.eval is None and not recipe.data.eval_rows:
-        what = f"expected 0 without held-out rows, found {recipe.eval.every}"
-        fix = "set data.eval_rows, or name a held-out file in data.eval"
-        yield Problem("eval.every", what, fix, ("data.eval_rows", "data.eval"))
-
-
 # --- sampling -----------------------------------------------------------------------------------------------------
 
 
-def stop_texts(recipe: SFTRecipe | PreferenceRecipe | OnlineRecipe) -> Problems:
+def stop_texts(recipe: SFTRecipe | PreferenceRecipe | ScoringRecipe) -> Problems:
     """An empty stop text would end every answer at once."""
     for i, text in enumerate(recipe.sampling.stop):
         if not text:
@@ -356,6 +290,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": ONLINE,
     "grpo": ONLINE,
     "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts),
+    "label": (*COMMON, only_asked, room_for_prompts, stop_texts, reward_options),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "sft": (devices_share_batches,),
@@ -363,6 +298,7 @@ DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "ppo": (devices_share_rollouts,),
     "grpo": (devices_share_rollouts,),
     "dpo": (devices_share_batches,),
+    "label": (devices_share_answers,),
 }
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -388,7 +324,7 @@ def missing_files(recipe: Recipe) -> list[Problem]:
 
 def missing_data(recipe: Recipe) -> list[Problem]:
     """Local data files and folders that are not there, relative to the current directory."""
-    named = [(f"{key}.path", source.path) for key, source in _sources(recipe) if source.path]
+    named = [(f"{key}.path", source.path) for key, source in sources(recipe) if source.path]
     return [_missing(key, path) for key, path in named if looks_local(path) and not Path(path).expanduser().exists()]
 
 

@@ -10,7 +10,7 @@ from rlhf.errors import RecipeError
 from rlhf.recipe.fields import Option, meaning, options, tags, walk
 from rlhf.recipe.problems import choice, closest
 from rlhf.recipe.schema import Block, TrainBlock
-from rlhf.recipe.stages import RECIPES, OnlineRecipe, Recipe
+from rlhf.recipe.stages import RECIPES, LabelRecipe, LearningRecipe, OnlineRecipe, Recipe
 
 Entry = tuple[str, str, Option]  # dotted key, the choice under which it exists or "", option
 
@@ -112,6 +112,9 @@ def describe_batch(recipe: Recipe, world_size: int, num_rows: int | None = None)
     """The batch arithmetic in a line or two: from rows or prompts to optimizer steps. num_rows: None while unknown."""
     if isinstance(recipe, OnlineRecipe):
         return _online_batch(recipe, world_size)
+    if isinstance(recipe, LabelRecipe):
+        return _label_batch(recipe, world_size)
+    assert isinstance(recipe, LearningRecipe)
     train = recipe.train
     assert isinstance(train, TrainBlock)
     size = _micro_batches(train.batch_size, train.micro_batch, world_size)
@@ -137,6 +140,18 @@ def _online_batch(recipe: OnlineRecipe, world_size: int) -> list[str]:
         f" -> {_count(train.minibatches, 'minibatch')} of {size} -> {micro}",
         f"{_count(train.minibatches, 'minibatch')}{passes} = {_count(steps, 'optimizer step')} per rollout,"
         f" {_count(train.rollouts, 'rollout')} = {_count(steps * train.rollouts, 'step')}",
+    ]
+
+
+def _label_batch(recipe: LabelRecipe, world_size: int) -> list[str]:
+    label = recipe.label
+    batches = math.ceil(label.batch / label.prompts_together() / world_size)
+    rows = label.prompts_together() * label.answers
+    where = f"each of {world_size} devices" if world_size > 1 else "1 device"
+    together = f"{_count(batches, 'batch')} of {rows} on {where}"
+    total = label.batch * label.answers
+    return [
+        f"{_count(label.batch, 'prompt')} x {label.answers} answers = {_count(total, 'row')} per step -> {together}"
     ]
 
 

@@ -15,6 +15,7 @@ from rlhf.recipe.check import check_recipe, missing_data, missing_files
 from rlhf.recipe.document import Document, Mark, read_document, to_yaml
 from rlhf.recipe.overrides import apply_overrides
 from rlhf.recipe.problems import Problem, closest
+from rlhf.recipe.rounds import expand_rounds
 from rlhf.recipe.schema import Block
 from rlhf.recipe.stages import RECIPES, Expectation, Pipeline, Recipe
 from rlhf.recipe.translate import translate
@@ -149,9 +150,10 @@ def _take_out(values: dict[str, Any], path: tuple[str, ...]) -> str:
 
 
 def load_pipeline(path: str | Path) -> list[PipelineCommand]:
-    """The commands of a pipeline file, recipes relative to it. Recipes must exist; they are not read."""
+    """The commands of a pipeline file, rounds written out, recipes relative to it. Recipes must exist; none is read."""
     document = read_document(path)
-    pipeline, problems, _ = _validate(Pipeline, document)
+    expanded, as_written = expand_rounds(document)
+    pipeline, problems, _ = _validate(Pipeline, expanded)
     folder = Path(path).parent
     commands = []
     for i, step in enumerate(pipeline.stages if pipeline is not None else []):
@@ -162,6 +164,9 @@ def load_pipeline(path: str | Path) -> list[PipelineCommand]:
             problems.append(Problem(f"stages.{i}.recipe", f"expected a recipe, found nothing at {recipe}", fix))
         overrides = tuple(f"{key}={to_yaml(value, one_line=True)}" for key, value in step.set.items())
         commands.append(PipelineCommand(step.stage, recipe, step.name or step.stage, overrides, step.expect))
+    if document.problems:  # rounds that are wrong were left out: what is said of the list follows from that
+        problems = [problem for problem in problems if problem.key != "stages"]
+    problems = [*document.problems, *map(as_written, problems)]
     if problems:
         raise document.error(problems)
     return commands

@@ -91,6 +91,17 @@ class HttpReward(Block):
     batch_size: int = Field(16, ge=1, description="answers per request")
 
 
+class DemoGoldReward(Block):
+    """The gold reward of the embedded demo, for its prompts only; with noise it is the demo's labeller."""
+
+    kind: Literal["demo_gold"] = "demo_gold"
+    weight: float = Field(1.0, description="factor in the weighted sum of rewards")
+    noise: float = Field(
+        0.0, ge=0, description="scale of the Gumbel noise that is added; 1: comparisons are as noisy as demo:pairs"
+    )
+    seed: int = Field(0, ge=0, description="seed of the noise")
+
+
 Reward = Annotated[
     ModelReward
     | ExactReward
@@ -99,6 +110,7 @@ Reward = Annotated[
     | LengthReward
     | FunctionReward
     | ProcessReward
-    | HttpReward,
+    | HttpReward
+    | DemoGoldReward,
     Field(discriminator="kind"),
 ]

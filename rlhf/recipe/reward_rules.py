@@ -8,20 +8,24 @@ from urllib.parse import urlsplit
 
 from rlhf.recipe.problems import Problem
 from rlhf.recipe.reward_options import FormatReward, FunctionReward, HttpReward, ProcessReward, Reward
-from rlhf.recipe.stages import OnlineRecipe, Recipe
-
-LISTS = ("rewards", "test_rewards")
+from rlhf.recipe.stages import OnlineRecipe, Recipe, ScoringRecipe
 
 
 def named_rewards(recipe: Recipe) -> Iterator[tuple[str, Reward]]:
     """(recipe key, reward) of every reward of a recipe: rewards.0, rewards.1, test_rewards.0, ..."""
+    for key, rewards in _lists(recipe):
+        for i, reward in enumerate(rewards):
+            yield f"{key}.{i}", reward
+
+
+def _lists(recipe: Recipe) -> Iterator[tuple[str, list[Reward]]]:
+    if isinstance(recipe, ScoringRecipe):
+        yield "rewards", recipe.rewards
     if isinstance(recipe, OnlineRecipe):
-        for key in LISTS:
-            for i, reward in enumerate(getattr(recipe, key)):
-                yield f"{key}.{i}", reward
+        yield "test_rewards", recipe.test_rewards
 
 
-def reward_options(recipe: OnlineRecipe) -> Iterator[Problem]:
+def reward_options(recipe: ScoringRecipe) -> Iterator[Problem]:
     """Patterns compile, functions are named as file.py:name, addresses are http or https, no reward is listed twice."""
     for key, reward in named_rewards(recipe):
         if isinstance(reward, FormatReward):
@@ -30,8 +34,8 @@ def reward_options(recipe: OnlineRecipe) -> Iterator[Problem]:
             yield from _function(f"{key}.function", reward.function)
         elif isinstance(reward, HttpReward):
             yield from _address(f"{key}.url", reward.url)
-    for name in LISTS:
-        yield from _twice(name, getattr(recipe, name))
+    for name, rewards in _lists(recipe):
+        yield from _twice(name, rewards)
 
 
 def _pattern(key: str, pattern: str) -> Iterator[Problem]:

@@ -134,8 +134,14 @@ class ZeroBlock(Block):
 class SourceBlock(Block):
     """One dataset and how its rows are read."""
 
-    qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {"path": ("name", "split", "data_dir", "revision")}
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("from", "path"),)
+    qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {
+        key: ("name", "split", "data_dir", "revision") for key in ("from", "path")
+    }
 
+    from_: str | None = Field(
+        None, alias="from", description="pairs of a label stage of this run directory (label) or another (runs/a/label)"
+    )
     path: str | None = Field(
         None,
         description="file, folder of data files, save_to_disk folder, hub id, or demo:sft, demo:pairs, demo:prompts",
@@ -178,12 +184,12 @@ class SourceBlock(Block):
 
 
 class DataBlock(SourceBlock):
-    """What a stage learns from. One source inline (`path: ...`) or several under `sources`."""
+    """What a stage learns from. One source inline (`path: ...`, `from: ...`) or several under `sources`."""
 
-    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("path", "sources"), ("eval", "eval_rows"))
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("from", "path", "sources"), ("eval", "eval_rows"))
     key: ClassVar[str] = "data"  # where a recipe has this block
 
-    sources: list[SourceBlock] = Field([], description="several weighted sources instead of `path`")
+    sources: list[SourceBlock] = Field([], description="several weighted sources instead of one")
     eval: SourceBlock | None = Field(
         None, description="held-out data; default: `eval_rows` rows taken from the sources"
     )
@@ -202,9 +208,10 @@ class DataBlock(SourceBlock):
 
     @model_validator(mode="after")
     def _one_source(self) -> DataBlock:
-        if bool(self.path) == bool(self.sources):
-            found = "both" if self.path else "neither"
-            raise conflict(f"expected exactly one of path and sources, found {found}", "path", "sources")
+        given = [key for key, value in (("from", self.from_), ("path", self.path), ("sources", self.sources)) if value]
+        if len(given) != 1:
+            found = " and ".join(given) if given else "none of them"
+            raise conflict(f"expected exactly one of from, path and sources, found {found}", "from", "path", "sources")
         if self.eval is not None and self.eval_rows:
             raise conflict("expected eval or eval_rows, found both", "eval", "eval_rows")
         return self
@@ -290,12 +297,17 @@ class EvalBlock(Block):
     every: int = Field(0, ge=0, description="steps between evaluations; 0: only at the end")
 
 
-class LogBlock(Block):
-    """What is shown and recorded while training."""
+class RecordBlock(Block):
+    """Where the numbers of a stage go."""
 
     every: int = Field(1, ge=1, description="steps between rows of metrics.jsonl")
+    tensorboard: bool = Field(False, description="also write TensorBoard events")
+    wandb: str | None = Field(None, description="also log to this Weights & Biases project")
+
+
+class LogBlock(RecordBlock):
+    """What is shown and recorded while training."""
+
     samples_every: int = Field(0, ge=0, description="steps between sample generations; 0: only at start and end")
     samples: int = Field(3, ge=0, description="prompts that are sampled from each time")
     show_samples: bool = Field(True, description="print the samples on the console too")
-    tensorboard: bool = Field(False, description="also write TensorBoard events")
-    wandb: str | None = Field(None, description="also log to this Weights & Biases project")

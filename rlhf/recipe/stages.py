@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -32,6 +33,7 @@ from rlhf.recipe.schema import (
     ModelRef,
     OnlineTrainBlock,
     OptimBlock,
+    RecordBlock,
     SamplingBlock,
     TrainBlock,
     ZeroBlock,
@@ -118,18 +120,46 @@ class EmaBlock(Block):
     decay: float = Field(0.99, ge=0, lt=1, description="weight of the past at every optimizer step")
 
 
+class LabelBlock(Block):
+    """Which answers are compared, and how many are made at a time."""
+
+    answers: int = Field(4, ge=2, description="answers sampled per prompt, to be compared with each other")
+    pairs: Literal["best_worst", "all"] = Field(
+        "best_worst", description="best_worst: a prompt's best answer with its worst; all: every two of its answers"
+    )
+    min_margin: float = Field(
+        0.0, ge=0, description="only answers whose scores differ by more than this make a pair; equal ones never do"
+    )
+    batch: int = Field(
+        256, ge=1, description="prompts per step, over all devices: sampled, scored and written together"
+    )
+    rollout_batch: int = Field(64, ge=1, description="answers sampled together on a device")
+    micro_batch: int = Field(8, ge=1, description="answers per forward pass of a reward model")
+    seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the answers")
+
+    def prompts_together(self) -> int:
+        """Prompts whose answers are sampled together on a device."""
+        return min(max(1, self.rollout_batch // self.answers), self.batch)
+
+
 class Recipe(Block):
     """What every stage has."""
 
     model: ModelBlock = Field(description="the model to train")
-    data: DataBlock = Field(description="what to learn from")
+    data: DataBlock = Field(description="what to learn from, or the prompts to answer")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the trained model")
+    log: RecordBlock = Field(RecordBlock(), description="what is recorded")
+
+
+class LearningRecipe(Recipe):
+    """What every stage that trains has."""
+
     checkpoint: CheckpointBlock = Field(CheckpointBlock(), description="checkpoints for resuming")
     log: LogBlock = Field(LogBlock(), description="what is shown and recorded")
     train: LearnBlock = Field(LearnBlock(), description="optimisation")
 
 
-class SFTRecipe(Recipe):
+class SFTRecipe(LearningRecipe):
     """Supervised fine-tuning on completions."""
 
     train: TrainBlock = Field(TrainBlock(), description="optimisation")
@@ -137,7 +167,7 @@ class SFTRecipe(Recipe):
     sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
 
 
-class RewardRecipe(Recipe):
+class RewardRecipe(LearningRecipe):
     """Reward model on preference pairs."""
 
     loss: RewardLoss = Field(RmBtLoss(), description="the loss and its options")
@@ -145,7 +175,7 @@ class RewardRecipe(Recipe):
     eval: EvalBlock = Field(EvalBlock(), description="held-out accuracy while training")
 
 
-class PreferenceRecipe(Recipe):
+class PreferenceRecipe(LearningRecipe):
     """DPO and its family on preference pairs."""
 
     loss: PreferenceLoss = Field(DpoLoss(), description="the loss and its options")
@@ -155,7 +185,7 @@ class PreferenceRecipe(Recipe):
     sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
 
 
-class OnlineRecipe(Recipe):
+class OnlineRecipe(LearningRecipe):
     """What PPO and GRPO share."""
 
     train: OnlineTrainBlock = Field(OnlineTrainBlock(), description="rollouts and optimisation of the policy")
@@ -216,12 +246,33 @@ class GRPORecipe(OnlineRecipe):
     )
 
 
+class LabelRecipe(Recipe):
+    """Comparisons from a policy: answers are sampled, scored and paired. Nothing is trained."""
+
+    model: ModelBlock = Field(description="the policy that answers")
+    zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the policy; stage 0 or 3")
+    rewards: list[Reward] = Field(min_length=1, description="the labeller: scores, added up with their weights")
+    sampling: SamplingBlock = Field(SamplingBlock(), description="how answers are sampled")
+    label: LabelBlock = Field(LabelBlock(), description="which answers are compared")
+
+
+ScoringRecipe = OnlineRecipe | LabelRecipe  # answers are sampled and scored
+
+
+def data_blocks(recipe: Recipe) -> Iterator[DataBlock]:
+    """The datasets of a recipe."""
+    yield recipe.data
+    if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
+        yield recipe.pretraining.data
+
+
 RECIPES: dict[str, type[Recipe]] = {
     "sft": SFTRecipe,
     "rm": RewardRecipe,
     "ppo": PPORecipe,
     "grpo": GRPORecipe,
     "dpo": PreferenceRecipe,
+    "label": LabelRecipe,
 }
 
 
@@ -236,7 +287,7 @@ class Expectation(Block):
 class PipelineStep(Block):
     """One command of a pipeline: `rlhf STAGE RECIPE --name NAME --set ...`."""
 
-    stage: Literal["sft", "rm", "ppo", "grpo", "dpo"] = Field(description="the subcommand")
+    stage: Literal["sft", "rm", "ppo", "grpo", "dpo", "label"] = Field(description="the subcommand")
     recipe: str = Field(description="its recipe, relative to the pipeline file")
     name: str | None = Field(None, description="stage folder; default: the subcommand")
     set: dict[str, Any] = Field({}, description="overrides, e.g. {kl.coef: 0.02}")
@@ -244,7 +295,7 @@ class PipelineStep(Block):
 
 
 class Pipeline(Block):
-    """What `rlhf run` does: stages in order, finished ones skipped."""
+    """What `rlhf run` does: stages in order, finished ones skipped; `rounds.py` has written repeated ones out."""
 
     stages: list[PipelineStep] = Field(min_length=1, description="commands, in order")
 

@@ -6,11 +6,13 @@ evaluates them, and every pattern of ours is matched against a bounded piece of 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 from functools import cache
 from typing import Any
 
+from rlhf.data.demo import gold_reward
 from rlhf.errors import DataError, RecipeError
 from rlhf.rewards.base import RULES, Column, Row
 from rlhf.rewards.user_code import call, checked_scores
@@ -77,6 +79,21 @@ def length(rows: list[Row], answers: list[str], *, target: int, scale: int) -> C
     return [max(0.0, 1 - abs(len(text.split()) - target) / scale) for text in answers]
 
 
+@RULES.register("demo_gold", paper="arXiv:2210.10760 sec. 2.2 (a gold reward that labels)")
+def demo_gold(rows: list[Row], answers: list[str], *, noise: float, seed: int) -> Column:
+    """The gold reward of the demo's task, plus `noise` times a Gumbel variable.
+
+    Of two answers that are compared by this score with noise 1, one is preferred with the probability sigmoid(gold -
+    other gold), which is Bradley-Terry. The noise is a function of (seed, prompt, answer): a labeller who does not
+    change his mind.
+    """
+    prompts = [str(_field(row, "prompt", i)) for i, row in enumerate(rows)]
+    return [
+        gold_reward(prompt, text) + noise * _gumbel(seed, prompt, text)
+        for prompt, text in zip(prompts, answers, strict=True)
+    ]
+
+
 @RULES.register("function", paper="the user's own")
 def user_function(rows: list[Row], answers: list[str], *, function: str, timeout: float) -> Column:
     """What the user's `file.py:name` says: called as name(rows, answers), returns a list of finite floats or None.
@@ -99,6 +116,13 @@ def parse_number(text: str) -> float | None:
         below = float(match["below"])
         value = value / below if below else math.inf
     return (-value if match["sign"] in ("-", "\u2212") else value) if math.isfinite(value) else None
+
+
+def _gumbel(seed: int, prompt: str, answer: str) -> float:
+    """A draw from the standard Gumbel distribution, -log(-log(u)), that belongs to these arguments."""
+    text = "\0".join([str(seed), prompt, answer]).encode(errors="surrogatepass")
+    uniform = (int.from_bytes(hashlib.blake2b(text, digest_size=6).digest(), "big") + 0.5) / 2**48
+    return -math.log(-math.log(uniform))
 
 
 def _reference_number(row: Row, column: str, marker: str, index: int) -> float:

@@ -204,18 +204,18 @@ def list_files(folder: Path) -> list[str]:
 
 def seal(folder: Path) -> dict[str, dict[str, Any]]:
     """Force every file of a folder to the disk. Returns name -> {size, sha256}. Several files are read at a time."""
-
-    def entry(name: str) -> dict[str, Any]:
-        path = folder / name
-        fsync_path(path)
-        return {"size": path.stat().st_size, "sha256": hash_file(path)}
-
     names = list_files(folder)
     with disk(folder), ThreadPoolExecutor(max_workers=4) as pool:
-        table = dict(zip(names, pool.map(entry, names), strict=True))
+        table = dict(zip(names, pool.map(lambda name: seal_file(folder / name), names), strict=True))
         for parent in {(folder / name).parent for name in names} | {folder}:
             fsync_path(parent)
     return table
+
+
+def seal_file(path: Path) -> dict[str, Any]:
+    """Force a file to the disk. Returns its {size, sha256}."""
+    fsync_path(path)
+    return {"size": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def fresh_temporary(final: Path) -> Path:

@@ -65,13 +65,18 @@ class Parent:
 
     @property
     def kind(self) -> str:
-        """What the stage published: policy, reward, value."""
+        """What the stage published: policy, reward, value, data."""
         return str(self.manifest["kind"])
 
     @property
     def model(self) -> Path:
         """The published model folder."""
         return self.path / "model"
+
+    @property
+    def pairs(self) -> Path:
+        """The published pairs of a label stage."""
+        return self.path / "pairs.jsonl"
 
     @property
     def critic(self) -> Path:

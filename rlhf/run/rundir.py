@@ -7,7 +7,7 @@ runs/hh/
     provenance.json               inputs, command, code, versions, devices, parents with content hashes, data
     metrics.jsonl  samples.jsonl  log.txt
     checkpoints/step-000100/      own MANIFEST.json
-    model/  critic/               the published result
+    model/  critic/               the published result; of `label`: pairs.jsonl  answers.jsonl
     MANIFEST.json                 last: its existence means that the stage is finished
   .sft.lock  .sft.rank0.lock      who works on it: beside the folder, so that --restart can move the folder
 """
@@ -23,9 +23,9 @@ from rlhf.run.lineage import Parent, content_hash
 from rlhf.run.stage import SET_ASIDE, StageDir, StageSummary
 
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
-_COMMAND_OF_KIND = {"policy": "sft", "reward": "rm", "value": "ppo"}
-_CALLED = {"policy": "policy", "reward": "reward model", "value": "value model"}
-_COMMANDS = ("sft", "rm", "dpo", "ppo", "grpo")
+_COMMAND_OF_KIND = {"policy": "sft", "reward": "rm", "value": "ppo", "data": "label"}
+_CALLED = {"policy": "policy", "reward": "reward model", "value": "value model", "data": "set of labelled pairs"}
+_COMMANDS = ("sft", "rm", "dpo", "ppo", "grpo", "label")
 
 
 class RunDir:

@@ -57,7 +57,7 @@ class StageSummary:
 
     name: str
     stage: str | None  # the subcommand: sft, rm, ...
-    kind: str | None  # what it published: policy, reward, value; None before
+    kind: str | None  # what it published: policy, reward, value, data; None before
     state: str  # running, finished, failed, stopped, interrupted, damaged, unknown
     step: int
     total_steps: int | None
@@ -85,6 +85,8 @@ class StageDir:
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
         self.critic = self.path / "critic"
+        self.pairs = self.path / "pairs.jsonl"
+        self.answers = self.path / "answers.jsonl"
         self.manifest = self.path / commit.MANIFEST
         self.lock = root / f".{name}.lock"
         self.writer_lock = root / f".{name}.rank0.lock"
@@ -263,19 +265,24 @@ class StageDir:
         assert part in PARTS, part
         return commit.fresh_temporary(self.path / part)
 
-    def publish(self, kind: str, facts: dict[str, Any], log_end: int) -> dict[str, Any]:
+    def publish(
+        self, kind: str, facts: dict[str, Any], log_end: int, *, plain_files: Sequence[Path] = ()
+    ) -> dict[str, Any]:
         """Make the exported folders the stage's result, write the manifest last, and return it.
 
-        kind: policy, reward or value. facts: base model, template and tokenizer hashes, EOS and pad ids, head.
-        log_end: the last step in metrics.jsonl. Everything is hashed and forced to the disk before the manifest exists.
+        kind: policy, reward, value or data. facts: of a model: base, template and tokenizer hashes, EOS and pad ids,
+        head; of data: counts. log_end: the last step in metrics.jsonl. plain_files: files of the stage folder itself
+        that belong to the result. Everything is hashed and forced to the disk before the manifest exists.
         """
         assert not self.manifest.exists(), self.manifest
         exported = {part: self.path / f"{commit.TEMPORARY}{part}" for part in PARTS}
         exported = {part: folder for part, folder in exported.items() if folder.exists()}
-        assert exported, "nothing was exported"
+        assert exported or plain_files, "nothing was exported"
         files = {
             f"{part}/{name}": entry for part, folder in exported.items() for name, entry in commit.seal(folder).items()
         }
+        with commit.disk(self.path):
+            files |= {path.name: commit.seal_file(path) for path in plain_files}
         with commit.disk(self.path):
             for part in PARTS:
                 if (self.path / part).exists():  # renamed by a publication that was interrupted before its manifest

@@ -9,14 +9,29 @@ from typing import Any, Literal
 
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.reward_rules import named_rewards
-from rlhf.recipe.schema import DataBlock, ModelRef
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, Recipe
+from rlhf.recipe.schema import DataBlock, ModelRef, SourceBlock
+from rlhf.recipe.stages import (
+    LabelRecipe,
+    OnlineRecipe,
+    PPORecipe,
+    PreferenceRecipe,
+    Recipe,
+    ScoringRecipe,
+    data_blocks,
+)
 from rlhf.run.lineage import Parent
 from rlhf.run.stage import StageDir
 
 Kind = Literal["tokens", "pairs", "prompts"]
-DATA_KIND: dict[str, Kind] = {"sft": "tokens", "rm": "pairs", "dpo": "pairs", "ppo": "prompts", "grpo": "prompts"}
-POLICY, SCORER = ("policy",), ("reward", "value")
+DATA_KIND: dict[str, Kind] = {
+    "sft": "tokens",
+    "rm": "pairs",
+    "dpo": "pairs",
+    "ppo": "prompts",
+    "grpo": "prompts",
+    "label": "prompts",
+}
+POLICY, SCORER, LABELLED = ("policy",), ("reward", "value"), ("data",)
 
 
 def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tuple[str, ...]]]:
@@ -41,22 +56,51 @@ def same_tokens_fix(key: str, model: ModelRef) -> str:
 
 def data_kinds(stage: str, recipe: Recipe) -> list[tuple[DataBlock, Kind]]:
     """The datasets of a recipe, with what the stage reads from each."""
-    found = [(recipe.data, DATA_KIND[stage])]
-    if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
-        found.append((recipe.pretraining.data, "tokens"))
-    return found
+    return [(data, DATA_KIND[stage] if data is recipe.data else "tokens") for data in data_blocks(recipe)]
+
+
+def data_refs(recipe: Recipe) -> Iterator[tuple[str, SourceBlock]]:
+    """(recipe key, source) of all data of a recipe that a label stage has made."""
+    for data in data_blocks(recipe):
+        yield from ((key, source) for key, source in _sources(data) if source.from_)
+
+
+def with_paths(recipe: Recipe, parents: dict[str, Parent]) -> Recipe:
+    """The recipe with a path beside every `from` of its data; parents: the finished stage of each, by key."""
+
+    def filled(key: str, source: Any) -> Any:
+        return source.model_copy(update={"path": str(parents[key].pairs)}) if source.from_ else source
+
+    def block(data: DataBlock) -> DataBlock:
+        key = data.key
+        sources = [filled(f"{key}.sources.{i}", source) for i, source in enumerate(data.sources)]
+        held_out = None if data.eval is None else filled(f"{key}.eval", data.eval)
+        return filled(key, data).model_copy(update={"sources": sources, "eval": held_out})
+
+    found = {data.key: block(data) for data in data_blocks(recipe)}
+    changed: dict[str, Any] = {"data": found["data"]}
+    if "pretraining.data" in found:
+        changed["pretraining"] = recipe.pretraining.model_copy(update={"data": found["pretraining.data"]})
+    return recipe.model_copy(update=changed)
+
+
+def _sources(data: DataBlock) -> Iterator[tuple[str, SourceBlock]]:
+    yield data.key, data
+    yield from ((f"{data.key}.sources.{i}", source) for i, source in enumerate(data.sources))
+    if data.eval is not None:
+        yield f"{data.key}.eval", data.eval
 
 
 @dataclass(frozen=True)
 class Job:
     """One stage to run: everything was checked that can be checked without loading a model."""
 
-    stage: str  # sft, rm, ppo, grpo, dpo
+    stage: str  # sft, rm, ppo, grpo, dpo, label
     folder: StageDir
-    recipe: Recipe
+    recipe: Recipe  # sources that a stage has made have their path, see `with_paths`
     recipe_text: str  # as given
     resolved_text: str  # every default written out
-    parents: dict[str, Parent]  # recipe key (model, critic, rewards.0, ...) -> the finished stage it names
+    parents: dict[str, Parent]  # recipe key (model, critic, rewards.0, data, ...) -> the finished stage it names
     inputs: dict[str, Any]  # everything the result depends on
     restart: bool = False
     launcher: int | None = None  # pid of the command that started the ranks and holds the stage folder
@@ -68,7 +112,17 @@ class Job:
 
     def new_tokens(self) -> int:
         """Tokens that must fit behind a prompt."""
-        return self.recipe.sampling.max_new_tokens if isinstance(self.recipe, OnlineRecipe) else 0
+        return self.recipe.sampling.max_new_tokens if isinstance(self.recipe, ScoringRecipe) else 0
+
+    @property
+    def seed(self) -> int:
+        """The seed of everything random in the stage."""
+        return self.recipe.label.seed if isinstance(self.recipe, LabelRecipe) else self.recipe.train.seed
+
+    @property
+    def micro_batch(self) -> int:
+        """Rows per forward pass and device."""
+        return self.recipe.label.micro_batch if isinstance(self.recipe, LabelRecipe) else self.recipe.train.micro_batch
 
     def source(self, key: str, ref: ModelRef) -> str:
         """The folder or hub id of the model that a recipe key names."""

@@ -28,6 +28,16 @@ def policy_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype, job.recipe.train)
 
 
+def frozen_policy(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """The recipe's policy, only asked."""
+    block = job.recipe.model
+    with sharded_loading(job.recipe.zero, bf16=block.dtype == "bf16"):
+        model = build_policy(
+            _source(job), tokenizer, Setup.frozen(block.dtype, block.attention), revision=block.revision
+        )
+    return _engine("policy", PolicyModule(model), job.recipe.zero, block.dtype)
+
+
 def reward_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     """The reward model that `rlhf rm` trains; the head of an existing reward model is kept."""
     block, source = job.recipe.model, _source(job)

@@ -107,7 +107,7 @@ def _model(
     name: str,
     shared: SharedRoles | None,
 ) -> Part:
-    source, micro_batch = job.source(key, spec), job.recipe.train.micro_batch
+    source, micro_batch = job.source(key, spec), job.micro_batch
     own = own_tokenizer(job, spec, key)
     if shared is not None and key in shared.scores:
         part = model_part(shared.scores[key], micro_batch, shared.actor.device)

@@ -20,16 +20,17 @@ from transformers.utils import logging as hf_logging
 from rlhf.data import chat
 from rlhf.data.examples import Loaded, load_examples
 from rlhf.engine import dist
-from rlhf.errors import ResourceError, StoppedError, WorkerLostError
+from rlhf.errors import ResourceError, StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
+from rlhf.train import label as labelling
 from rlhf.train import stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.train.job import DATA_KIND, Job, Kind
 from rlhf.train.layout import adapter_base
-from rlhf.train.loop import fit
+from rlhf.train.loop import Stage, fit
 from rlhf.train.metrics import MetricsLog
 from rlhf.train.preflight import check_models, check_rewards, check_samples
 from rlhf.train.progress import Progress
@@ -53,7 +54,10 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
             logger.info("%s was finished before with the same inputs", job.folder.path)
             dist.finish()
             return True
-        train(job, checkpoint, stop, console)
+        if job.stage == "label":
+            label(job, stop, console)
+        else:
+            train(job, checkpoint, stop, console)
     dist.finish()
     return False
 
@@ -61,9 +65,46 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
 def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console) -> None:
     """Data, models, loop, publication."""
     recipe, folder = job.recipe, job.folder
-    seed = recipe.train.seed
+    tokenizer, data = prepare(job)
+    parts = stages.assemble(job, tokenizer, data)
+    first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
+    with Progress(title(job), parts.steps, first_step, console) as progress:
+        stage = stages.to_stage(
+            job,
+            parts,
+            tokenizer,
+            progress,
+            save=lambda done: save_checkpoint(folder, parts.running(), done, recipe.checkpoint.keep),
+            report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
+        )
+        metrics = go_through(job, stage, first_step, progress, stop)
+    publish(job, parts, tokenizer)
+    log_key_metric(job, stage, metrics)
+
+
+def label(job: Job, stop: StopRequest, console: Console) -> None:
+    """Prompts, models, answers, pairs; no weight changes."""
+    tokenizer, data = prepare(job)
+    source = labelling.collector(job, tokenizer, data.train)
+    first_step = dist.from_main(labelling.go_on(source) if dist.is_main() else None)
+    stage = labelling.to_stage(source, lambda done, name, value: heartbeat(job, source.steps, done, name, value))
+    with Progress(title(job), source.steps, first_step, console) as progress:
+        metrics = go_through(job, stage, first_step, progress, stop)
+    refusal: UserError | None = None
+    if dist.is_main():
+        try:
+            labelling.publish(source)
+        except UserError as error:  # the other ranks must hear of it
+            refusal = error
+    if (refusal := dist.from_main(refusal)) is not None:
+        raise refusal
+    log_key_metric(job, stage, metrics)
+
+
+def prepare(job: Job) -> tuple[PreTrainedTokenizerFast, Loaded]:
+    """Tokenizer and data, and what can be refused without a model; how the stage is made is written down."""
+    folder, seed, kind = job.folder, job.seed, DATA_KIND[job.stage]
     seed_everything(seed)
-    kind = DATA_KIND[job.stage]
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
     data = load_data(job, tokenizer, kind)
@@ -73,32 +114,34 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     if dist.is_main():
         folder.write_recipe(job.recipe_text, job.resolved_text)
         folder.write_provenance(devices=devices(), seed=seed, parents=job.distinct_parents(), data=facts)
-    parts = stages.assemble(job, tokenizer, data)
-    first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
+    return tokenizer, data
+
+
+def title(job: Job) -> str:
+    """What the progress line calls the stage."""
+    return job.stage if job.folder.name == job.stage else f"{job.stage} {job.folder.name}"
+
+
+def go_through(job: Job, stage: Stage, first_step: int, progress: Progress, stop: StopRequest) -> dict[str, float]:
+    """The loop, from a step on. From here on a request to stop waits for the end of the step."""
+    folder = job.folder
     if dist.is_main():
         folder.cut_logs(first_step)
-    title = job.stage if folder.name == job.stage else f"{job.stage} {folder.name}"
-    with Progress(title, parts.steps, first_step, console) as progress:
-        stage = stages.to_stage(
-            job,
-            parts,
-            tokenizer,
-            progress,
-            save=lambda done: save_checkpoint(folder, parts.running(), done, recipe.checkpoint.keep),
-            report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
-        )
-        dist.barrier()
-        stop.after_step = True
-        log = MetricsLog(folder.metrics, recipe.log, f"{folder.root.name}/{folder.name}")
-        metrics = fit(stage, first_step, log, progress, stop)
-    publish(job, parts, tokenizer)
-    key = metrics.get(parts.key_metric)
-    logger.info("%s: %s %s", folder.path, parts.key_metric, "-" if key is None else f"{key:.4g}")
+    dist.barrier()
+    stop.after_step = True
+    log = MetricsLog(folder.metrics, job.recipe.log, f"{folder.root.name}/{folder.name}")
+    return fit(stage, first_step, log, progress, stop)
+
+
+def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:
+    """The stage's last word."""
+    key = metrics.get(stage.key_metric)
+    logger.info("%s: %s %s", job.folder.path, stage.key_metric, "-" if key is None else f"{key:.4g}")
 
 
 def load_data(job: Job, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Loaded:
     """The stage's rows, and supervised ones where the recipe mixes them in."""
-    recipe, seed = job.recipe, job.recipe.train.seed
+    recipe, seed = job.recipe, job.seed
     data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
     if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
         mixed = load_examples(recipe.pretraining.data, tokenizer, "tokens", seed)

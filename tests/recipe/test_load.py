@@ -59,7 +59,7 @@ def test_every_problem_is_told_at_once_in_the_order_of_the_file(refuse: Callable
         "  did you mean train.inner_epochs or train.eps?",
         "r.yaml:12:1: kl_coef: expected a known key, found 'kl_coef'\n  did you mean kl.coef?",
         "r.yaml:14:11: rewards.0.kind: expected one of model, exact, numeric, format, length, function,"
-        " process, http, found 'modle'\n"
+        " process, http, demo_gold, found 'modle'\n"
         "  did you mean model?",
         "--set train.minibatches=2: train.minibatches: expected a divisor of prompts x answers = 5 x 1 = 5, found 2\n"
         "  one of 1, 5",
@@ -132,7 +132,7 @@ def test_lora_targets_are_one_problem(refuse: Callable[..., list[str]]) -> None:
 def test_missing_blocks_point_at_the_parent(refuse: Callable[..., list[str]]) -> None:
     assert refuse("train: {lr: 1e-5}\n") == [
         "r.yaml:1:1: model: expected a block of options, found nothing\n  model: the model to train",
-        "r.yaml:1:1: data: expected a block of options, found nothing\n  data: what to learn from",
+        "r.yaml:1:1: data: expected a block of options, found nothing\n  data: what to learn from, or the prompts to answer",
     ]
 
 
@@ -150,8 +150,9 @@ def test_other_problems_are_still_told_when_a_required_block_is_wrong(refuse: Ca
     [
         ("model: {from: a, path: b}\ndata: {path: x}", "r.yaml:1:1: model", "from and path"),
         ("model: {dtype: fp32}\ndata: {path: x}", "r.yaml:1:1: model", "none of them"),
-        ("model: {from: a}\ndata:\n  path: x\n  sources: [{path: y}]", "r.yaml:2:1: data", "both"),
-        ("model: {from: a}\ndata: {limit: 3}", "r.yaml:2:1: data", "neither"),
+        ("model: {from: a}\ndata:\n  path: x\n  sources: [{path: y}]", "r.yaml:2:1: data", "path and sources"),
+        ("model: {from: a}\ndata: {path: x, from: label}", "r.yaml:2:1: data", "from and path"),
+        ("model: {from: a}\ndata: {limit: 3}", "r.yaml:2:1: data", "none of them"),
     ],
 )
 def test_exclusive_keys_are_told_at_their_block(
@@ -183,7 +184,8 @@ def test_keys_cannot_drive_the_terminal(refuse: Callable[..., list[str]]) -> Non
 
 @pytest.mark.parametrize("stage", RECIPES)
 def test_dumped_recipes_load_equal(stage: str, load: Callable[..., LoadedRecipe]) -> None:
-    changes = ["train.lr=3e-7", "train.betas=[0.8, 0.99]", 'data.templates={prompt: "a: {b} # c"}', "log.wandb=1e5"]
+    changes = ['data.templates={prompt: "a: {b} # c"}', "log.wandb=1e5"]
+    changes += ["rewards=[{kind: length}]"] if stage == "label" else ["train.lr=3e-7", "train.betas=[0.8, 0.99]"]
     first = load("model: {path: '007', revision: '1e5'}\ndata: {path: 'no'}\n", stage, *changes)
     text = dump_recipe(first.recipe)
     again = load(text, stage)

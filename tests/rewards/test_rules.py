@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 import time
 
 import pytest
 
+from rlhf.data.demo import bayes_accuracy, demo_rows, gold_reward
 from rlhf.errors import DataError, RecipeError
-from rlhf.rewards.rules import exact, format_found, length, numeric, parse_number
+from rlhf.rewards.rules import demo_gold, exact, format_found, length, numeric, parse_number
 
 GSM8K = {"answer": "answer", "marker": "####", "tolerance": 1e-6}
 GSM8K_FORMAT = r"#### ?-?\d[\d,]*(\.\d+)?\s*$"
@@ -187,6 +189,28 @@ def test_a_quadratic_pattern_is_bounded() -> None:
 def test_a_broken_pattern_is_the_recipes_error() -> None:
     with pytest.raises(RecipeError, match="expected a regular expression"):
         format_found([{}], [""], pattern="(")
+
+
+def test_the_demos_gold_reward_and_its_labeller() -> None:
+    """With noise 1, comparisons agree with the gold reward as often as those of demo:pairs, which are Bradley-Terry."""
+    pairs = demo_rows("pairs")
+    prompts = [{"prompt": row["prompt"]} for row in pairs]
+    sides = {side: [row[side] for row in pairs] for side in ("chosen", "rejected")}
+    gold = {side: [gold_reward(row["prompt"], row[side]) for row in pairs] for side in sides}
+    assert demo_gold(prompts, sides["chosen"], noise=0.0, seed=3) == gold["chosen"]
+    noisy = {side: demo_gold(prompts, texts, noise=1.0, seed=3) for side, texts in sides.items()}
+    assert noisy["chosen"] == demo_gold(prompts, sides["chosen"], noise=1.0, seed=3)
+    assert noisy["chosen"] != demo_gold(prompts, sides["chosen"], noise=1.0, seed=4)
+    apart = [i for i in range(len(pairs)) if gold["chosen"][i] != gold["rejected"][i]]
+    agree = [(noisy["chosen"][i] > noisy["rejected"][i]) == (gold["chosen"][i] > gold["rejected"][i]) for i in apart]
+    expected = bayes_accuracy(pairs[i] for i in apart)
+    assert sum(agree) / len(agree) == pytest.approx(expected, abs=4 * 0.5 / len(apart) ** 0.5)
+    noise = [a - b for a, b in zip(noisy["chosen"], gold["chosen"], strict=True)]
+    mean = sum(noise) / len(noise)
+    variance = sum((each - mean) ** 2 for each in noise) / len(noise)
+    assert mean == pytest.approx(0.5772, abs=0.07) and variance == pytest.approx(math.pi**2 / 6, abs=0.2)
+    with pytest.raises(DataError, match="expected a reference answer in column 'prompt'"):
+        demo_gold([{"row": 1}], ["a"], noise=0.0, seed=0)
 
 
 def test_length_by_hand() -> None:

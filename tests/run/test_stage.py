@@ -386,6 +386,18 @@ def test_a_published_stage_lists_every_file(stage: StageDir) -> None:
     assert not list(stage.path.glob(".tmp-*"))
 
 
+def test_plain_files_of_the_folder_can_be_the_result(stage: StageDir) -> None:
+    with stage.open(INPUTS):
+        stage.pairs.write_text("{}\n")
+        manifest = stage.publish("data", {"pairs": 1}, 3, plain_files=[stage.pairs])
+    digest = "ca3d163bab055381827226140568f3bef7eaac187cebd76878e0b63e9e442356"
+    assert manifest["files"] == {"pairs.jsonl": {"size": 3, "sha256": digest}}
+    assert stage.describe().kind == "data" and not stage.model.exists()
+    stage.pairs.write_text("[]\n")
+    with pytest.raises(CheckpointError, match=r"pairs.jsonl: expected the content that was written"):
+        stage.read_manifest()
+
+
 def test_equal_results_have_equal_content_hashes(tmp_path: Path) -> None:
     manifests = []
     for name in ("a", "b"):

@@ -1,0 +1,284 @@
+"""`rlhf label`: a policy answers, the recipe's rewards score, and answers to the same prompt become preference pairs.
+
+A step is a slice of the prompts. Its answers are appended to answers.jsonl, which is all that a stage needs to go on;
+pairs.jsonl is written at the end, from the whole of it. Prompts that are sampled together, and their seeds, depend on
+the recipe alone: the bytes of both files are the same on any number of ranks, in one go or resumed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import math
+import statistics
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerFast
+
+from rlhf.data.examples import PromptExample
+from rlhf.engine import dist
+from rlhf.engine.engine import Engine
+from rlhf.errors import DataError, UserError
+from rlhf.recipe.stages import LabelBlock, LabelRecipe
+from rlhf.rewards.scorer import Scorer
+from rlhf.run import commit
+from rlhf.run.stage import StageDir
+from rlhf.train import roles, scorers
+from rlhf.train.guards import check_scored
+from rlhf.train.job import Job
+from rlhf.train.loop import Collected, Stage
+from rlhf.train.online import agreed
+from rlhf.train.rollout import Sampler, generate
+from rlhf.train.seeding import derive
+from rlhf.train.stages import sampler
+
+logger = logging.getLogger("rlhf.label")
+Row = dict[str, Any]
+
+
+# --- pairs -----------------------------------------------------------------------------------------------------------
+
+
+def compare(
+    texts: Sequence[str], scores: Sequence[float | None], label: LabelBlock
+) -> tuple[list[tuple[int, int]], Counter[str]]:
+    """(chosen, rejected) by index among the answers to one prompt, and why others make no pair.
+
+    Unscored answers take no part. best_worst looks at one pair, the highest score with the lowest (the first of equal
+    ones); all looks at every two. Equal scores, scores no more than min_margin apart, and equal texts make no pair.
+    """
+    scored = [(i, score) for i, score in enumerate(scores) if score is not None]
+    if len(scored) < 2:
+        return [], Counter(too_few_scored=1)
+    if label.pairs == "best_worst":
+        looked_at = [(max(scored, key=lambda item: item[1]), min(scored, key=lambda item: item[1]))]
+    else:
+        looked_at = [(a, b) if a[1] > b[1] else (b, a) for a, b in itertools.combinations(scored, 2)]
+    pairs: list[tuple[int, int]] = []
+    left_out: Counter[str] = Counter()
+    for (better, high), (worse, low) in looked_at:
+        if high == low:
+            left_out["ties"] += 1
+        elif high - low <= label.min_margin:
+            left_out["close"] += 1
+        elif texts[better] == texts[worse]:
+            left_out["equal_texts"] += 1
+        else:
+            pairs.append((better, worse))
+    return pairs, left_out
+
+
+def pair_rows(answers: Sequence[Row], label: LabelBlock) -> tuple[list[Row], Counter[str]]:
+    """Rows of answers.jsonl as rows of pairs.jsonl, in the format `pairs`; and what makes no pair, by reason.
+
+    The margin is not called `margin`, which the reward model's loss would take for its own scale.
+    """
+    rows: list[Row] = []
+    left_out: Counter[str] = Counter()
+    for start in range(0, len(answers), label.answers):
+        group = answers[start : start + label.answers]
+        texts, scores = [row["answer"] for row in group], [row["score"] for row in group]
+        pairs, reasons = compare(texts, scores, label)
+        left_out += reasons
+        rows += [
+            {
+                "prompt": group[0]["prompt"],
+                "chosen": texts[better],
+                "rejected": texts[worse],
+                "score_margin": scores[better] - scores[worse],
+                "score_chosen": scores[better],
+                "score_rejected": scores[worse],
+                "row": group[0]["row"],
+            }
+            for better, worse in pairs
+        ]
+    return rows, left_out
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class LabelCollector:
+    """Feeds the loop with nothing to learn from: it samples, scores and writes."""
+
+    recipe: LabelRecipe
+    prompts: list[PromptExample]
+    sampler: Sampler
+    policy: Engine
+    scorer: Scorer
+    folder: StageDir
+
+    @property
+    def label(self) -> LabelBlock:
+        """The options."""
+        return self.recipe.label
+
+    @property
+    def steps(self) -> int:
+        """Slices of the prompts."""
+        return math.ceil(len(self.prompts) / self.label.batch)
+
+    def collect(self, step: int) -> Collected:
+        """The answers to one slice of the prompts, written on rank 0."""
+        places = list(range(step * self.label.batch, min((step + 1) * self.label.batch, len(self.prompts))))
+        size = self.label.prompts_together()
+        batches = [places[i : i + size] for i in range(0, len(places), size)]
+        turns = math.ceil(len(batches) / dist.world_size())
+        mine: list[Row] = []
+        with self.policy.gathered() as policy:
+            for turn in range(turns):  # equally many on every rank: sharded models are called in step
+                number = turn * dist.world_size() + dist.rank()
+                batch = batches[min(number, len(batches) - 1)]
+                rows = agreed(partial(self.answer, policy, batch, size))
+                mine += rows if number < len(batches) else []
+        answers = sorted(itertools.chain.from_iterable(dist.gather_objects(mine)), key=lambda row: row["place"])
+        check_scored(sum(row["score"] is not None for row in answers), len(answers), step)
+        if dist.is_main():
+            for row in answers:
+                commit.append_jsonl(self.folder.answers, {k: v for k, v in row.items() if k not in ("place", "tokens")})
+        return Collected([], self.describe(answers), sum(row["tokens"][0] for row in answers))
+
+    def answer(self, policy: Any, places: list[int], size: int) -> list[Row]:
+        """Sampled and scored answers to the prompts at these places, as rows.
+
+        A short batch is filled up with its last prompt, whose further answers are dropped, so that all are alike.
+        """
+        filled = places + places[-1:] * (size - len(places))
+        seeds = [derive(self.label.seed, "label", place, g) for place in filled for g in range(self.label.answers)]
+        examples = [self.prompts[place] for place in filled]
+        rollout = generate(policy, examples, seeds, self.recipe.sampling, self.sampler)
+        found = self.scorer(rollout)
+        lengths, widths = rollout.response_mask.sum(-1).tolist(), rollout.attention.sum(-1).tolist()
+        rows = []
+        for i in range(len(places) * self.label.answers):
+            place, number = divmod(i, self.label.answers)
+            example = examples[place]
+            # A NUL is text that no reader of rows takes: such an answer cannot be compared.
+            score = None if "\0" in rollout.texts[i] else known(float(found.total[i]))
+            rows.append(
+                {
+                    "place": (places[place], number),
+                    "tokens": (widths[i], lengths[i]),
+                    "row": example.row,
+                    "prompt": example.fields["messages"],
+                    "answer": rollout.texts[i],
+                    "score": score,
+                    "scores": {name: known(float(values[i])) for name, values in found.parts.items()},
+                    "finished": bool(rollout.finished[i]),
+                }
+            )
+        return rows
+
+    def describe(self, answers: list[Row]) -> dict[str, float]:
+        """What the answers of a step were like, and what became of them."""
+        scores = [row["score"] for row in answers if row["score"] is not None]
+        pairs, left_out = pair_rows(answers, self.label)
+        metrics = {
+            "reward/score_mean": statistics.fmean(scores),
+            "reward/unscored": float(len(answers) - len(scores)),
+            "rollout/length_mean": statistics.fmean(row["tokens"][1] for row in answers),
+            "rollout/finished": statistics.fmean(row["finished"] for row in answers),
+            "label/pairs": float(len(pairs)),
+            "label/ties": float(left_out["ties"]),
+            "label/close": float(left_out["close"]),
+            "label/equal_texts": float(left_out["equal_texts"]),
+            "label/too_few_scored": float(left_out["too_few_scored"]),
+        }
+        if pairs:
+            metrics["label/margin"] = statistics.fmean(row["score_margin"] for row in pairs)
+        if len(scores) > 1:
+            metrics["reward/score_std"] = statistics.stdev(scores)
+        for name in answers[0]["scores"]:
+            if values := [row["scores"][name] for row in answers if row["scores"][name] is not None]:
+                metrics[f"reward/{name}"] = statistics.fmean(values)
+        return metrics
+
+    def guard(self, step: int, metrics: dict[str, float]) -> None:
+        """Nothing is trained, so there is nothing to guard."""
+
+    def learned(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], UserError | None]:
+        """Nothing is adapted between steps."""
+        return {}, None
+
+
+def known(value: float) -> float | None:
+    """A score as JSON has it: nothing where there is none."""
+    return None if math.isnan(value) else value
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def collector(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[PromptExample]) -> LabelCollector:
+    """The stage's models and prompts."""
+    recipe = job.recipe
+    assert isinstance(recipe, LabelRecipe)
+    policy = roles.frozen_policy(job, tokenizer)
+    ask = sampler(policy, tokenizer, recipe.sampling)
+    labeller = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=None)
+    return LabelCollector(recipe, prompts, ask, policy, labeller, job.folder)
+
+
+def to_stage(source: LabelCollector, report: Callable[[int, str, float | None], None]) -> Stage:
+    """The stage as the loop sees it: no objective, and no checkpoint, since the written answers are one."""
+    return Stage(
+        steps=source.steps,
+        updates_per_step=0,
+        micro_batch=source.label.micro_batch,
+        collector=source,
+        objectives=[],
+        key_metric="reward/score_mean",
+        log_every=source.recipe.log.every,
+        checkpoint_every=0,
+        evaluate=lambda done: {},
+        is_eval_step=lambda done: False,
+        sample=lambda done: None,
+        is_sample_step=lambda done: False,
+        checkpoint=lambda done: None,
+        report=report,
+    )
+
+
+def go_on(source: LabelCollector) -> int:
+    """Cut the answers back to whole steps, on rank 0; returns how many steps are done."""
+    rows = commit.read_jsonl(source.folder.answers)
+    per_step = source.label.batch * source.label.answers
+    whole = source.steps if len(rows) >= len(source.prompts) * source.label.answers else len(rows) // per_step
+    done = min(whole, int(source.folder.read_status()["step"]))  # a step is done when its metrics are written too
+    write_rows(source.folder.answers, rows[: done * per_step])
+    return done
+
+
+def publish(source: LabelCollector) -> None:
+    """Write the pairs, then the manifest, on rank 0."""
+    folder = source.folder
+    answers = commit.read_jsonl(folder.answers)
+    pairs, left_out = pair_rows(answers, source.label)
+    logger.info("%d pairs; left out: %s", len(pairs), dict(sorted(left_out.items())) or "none")
+    if not pairs:
+        raise DataError(
+            f"expected answers to make pairs, found none among {len(answers)}: {', '.join(sorted(left_out))}",
+            where=str(folder.answers),
+            fix="Sample more answers (label.answers) or at a higher sampling.temperature, or lower label.min_margin.",
+        )
+    write_rows(folder.pairs, pairs)
+    facts = {
+        "prompts": len(source.prompts),
+        "answers": len(answers),
+        "unscored": sum(row["score"] is None for row in answers),
+        "pairs": len(pairs),
+        "left_out": dict(sorted(left_out.items())),
+    }
+    folder.publish("data", facts, source.steps, plain_files=[folder.pairs, folder.answers])
+
+
+def write_rows(path: Path, rows: Sequence[Row]) -> None:
+    """Write all rows of a file at once."""
+    commit.write_atomic(path, "".join(json.dumps(commit.plain(row), allow_nan=False) + "\n" for row in rows))
