@@ -187,19 +187,17 @@ CASES = {
     "optimizer": Case(
         "ppo",
         {
-            "train": {
-                "optimizer": "adamw",
-                "betas": [0.8, 0.9],
-                "eps": 1e-6,
-                "weight_decay": 0.1,
-                "max_grad_norm": 0.5,
-                "schedule": "constant",
-                "warmup": 0.2,
-                "min_lr_ratio": 0.5,
-                "seed": 7,
-                "micro_batch": 3,
-                "rollout_batch": 4,
-            },
+            "train.optimizer": "adamw",
+            "train.betas": [0.8, 0.9],
+            "train.eps": 1e-6,
+            "train.weight_decay": 0.1,
+            "train.max_grad_norm": 0.5,
+            "train.schedule": "constant",
+            "train.warmup": 0.2,
+            "train.min_lr_ratio": 0.5,
+            "train.seed": 7,
+            "train.micro_batch": 3,
+            "train.rollout_batch": 4,
             "data": {
                 "sources": [
                     {"path": "DATA/prompts.jsonl", "weight": 2.0, "part": "1/2", "limit": 15, "system": "Be brief."},
