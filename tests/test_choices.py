@@ -306,7 +306,7 @@ CASES = {
                 "coef": 0.1,
                 "data": {
                     "sources": [
-                        {"path": "DATA/words.txt", "format": "text", "prompt_words": 2},
+                        {"path": "DATA/words.jsonl", "format": "text", "prompt_words": 2},
                         {"path": "DATA/labelled.jsonl", "format": "labelled"},
                     ],
                     "max_length": 64,
@@ -404,7 +404,8 @@ def places(cli, tiny, tmp_path_factory) -> Iterator[dict[str, str]]:
     code.write_text(CODE)
     numbers = [{"question": f"what is {n} + 1", "answer": f"### {n + 1}"} for n in range(20)]
     (tiny.data / "sums.jsonl").write_text("".join(json.dumps(row) + "\n" for row in numbers))
-    (tiny.data / "words.txt").write_text("the plot was quite good and so was the music\n" * 20)
+    words = [{"text": f"the plot was quite good {n} times and so was the music"} for n in range(20)]
+    (tiny.data / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
     labelled = [{"prompt": f"number {n}", "completion": f"it is {n}", "label": True} for n in range(20)]
     (tiny.data / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
     done = cli(*tiny.command("rm", "--name", "rm-lora", "--set", "model.lora.rank=4"))
