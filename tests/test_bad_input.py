@@ -17,6 +17,8 @@ import pytest
 from rlhf.run.commit import Lock
 
 GOOD = '{"prompt": "hello", "completion": "world"}\n'
+STRICT = """{% for m in messages %}{% if m.role == "system" %}{{ raise_exception("no system") }}{% endif %}\
+{{ m.content }}{% if m.role == "assistant" %}{{ eos_token }}{% endif %}{% endfor %}"""
 ROW = '{"prompt": "the plot was", "answer": "4"}\n'
 
 
@@ -101,10 +103,16 @@ EARLY = {
     ),
     "parent elsewhere": Case("ppo", "model={from: ..}", 9, r"model.from: expected a stage name\nName a stage"),
     "other tokenizer of the critic": Case(
-        "ppo", "critic={from: OTHER/rm}", 4, r"expected the tokenizer of .*sft, found"
+        "ppo", "critic={from: OTHER/rm}", 4, r"expected the tokenizer of .*sft, found\ncritic: \{from: sft\}"
     ),
     "other template of the critic": Case(
-        "ppo", "critic={from: TEMPLATE/rm}", 4, r"expected the chat template of .*sft"
+        "ppo", "critic={from: TEMPLATE/rm}", 4, r"expected the chat template of .*sft, found\ncritic: \{from: sft\}"
+    ),
+    "other tokenizer of the reference": Case(
+        "grpo", "reference={from: OTHER/sft}", 4, r"expected the tokenizer of .*sft, found\nsame SFT stage"
+    ),
+    "policy as a test reward": Case(
+        "ppo", "test_rewards=[{kind: model, from: sft}]", 4, r"expected a reward model, found a pol"
     ),
     # model folders
     "no model folder": Case(
@@ -121,6 +129,17 @@ EARLY = {
     "no reward file": Case(
         "grpo", 'rewards=[{kind: function, function: "BAD/no.py:score"}]', 2, r"found nothing at .*no.py"
     ),
+    "process reward that may not run": Case(
+        "grpo",
+        'test_rewards=[{kind: process, function: "BAD/steps.py:score"}]',
+        9,
+        r"expected steps.py to be allowed on the command line\n--allow-code",
+        {"steps.py": "def score(rows, steps): pass"},
+    ),
+    "no process file": Case(
+        "grpo", 'rewards=[{kind: process, function: "BAD/no.py:score"}]', 2, r"rewards.0.function.*nothing at .*no.py"
+    ),
+    "address of another kind": Case("grpo", "rewards=[{kind: http, url: 'file:///x'}]", 2, r"rewards.0.url: expected"),
     "no reward": Case("grpo", "rewards=[]", 2, r"rewards: expected a list of blocks of options, at least 1"),
     "broken pattern": Case(
         "grpo", "rewards=[{kind: format, pattern: '('}]", 2, r"rewards.0.pattern: expected a regular"
@@ -149,12 +168,46 @@ LATE = {
         stage="ppo",
     ),
     "no room for samples": Case("sft", "sampling.max_new_tokens=120", 2, r"sampling.max_new_tokens: expected at most"),
-    "other tokenizer by path": Case(
-        "ppo", "critic={path: OTHER/rm/model}", 4, r"critic.path: expected the policy's tokenizer"
+    "all by path": Case(
+        "ppo",
+        "model={path: OTHER/sft/model}",
+        4,
+        r"critic.from: expected the policy's tokenizer\ncritic: \{path: OTHER/sft/model\}",
     ),
-    "all by path": Case("ppo", "model={path: OTHER/sft/model}", 4, r"critic.from: expected the policy's tokenizer"),
+    "reward model without statistics": Case(
+        "grpo",
+        "rewards=[{kind: length}, {kind: model, path: BARE, statistics: normalise}]",
+        4,
+        r"rewards.1.statistics: expected score_mean and score_std > 0 in BARE/config.json, found none\nrlhf rm",
+    ),
+    "reward model of another vocabulary without a template": Case(
+        "grpo",
+        "test_rewards=[{kind: model, path: BARE}]\nmodel={path: OTHER/sft/model}",
+        4,
+        r"test_rewards.0.path: expected the policy's tokenizer or a chat template\nchat_template.jinja",
+    ),
+    "prompts that a reward model's template does not take": Case(
+        "grpo",
+        "rewards=[{kind: model, path: STRICT}]\ndata={path: BAD/rows.jsonl, max_length: 96, system: Be brief.}",
+        3,
+        r"rewards.0: .*rows.jsonl:1: expected prompts that its chat template takes, system, user: no system",
+        {"rows.jsonl": ROW * 3},
+    ),
+    "scorer that nobody runs": Case(
+        "grpo",
+        "rewards=[{kind: http, url: 'http://127.0.0.1:9/score'}]",
+        8,
+        r"rewards.0.url: expected a scorer that accepts connections\nStart it",
+    ),
+    "steps of something else": Case(
+        "grpo",
+        'rewards=[{kind: process, function: "BAD/mine.py:score"}]',
+        2,
+        r"expected a function of two lists, found score\(steps\)",
+        {"mine.py": "def score(steps): pass\n"},
+    ),
     "template changed": Case(
-        "ppo", "model={from: sft, chat_template: chatml}", 4, r"expected the policy's chat template"
+        "ppo", "model={from: sft, chat_template: chatml}", 4, r"critic.from: expected the policy's chat template"
     ),
     "reward model as a policy by path": Case(
         "sft", "model={path: RUN/rm/model}", 4, r"model.path: expected a policy, found a model with a score head"
@@ -178,7 +231,7 @@ LATE = {
     ),
     "reward file without the function": reward("def other(): pass\n", r"expected a function 'score', found other"),
     "reward function of something else": reward(
-        "def score(answers): pass\n", r"expected a function of \(rows, answers\)"
+        "def score(answers): pass\n", r"expected a function of two lists, found score\(answers\)"
     ),
 }
 
@@ -188,6 +241,20 @@ RUNNING = {
     "reward with too few scores": reward(
         "def score(rows, answers):\n    return [1.0]\n", r"expected \d scores, found 1"
     ),
+    "reward that takes too long": Case(
+        "grpo",
+        'rewards=[{kind: function, function: "BAD/mine.py:score", timeout: 0.2}]',
+        2,
+        r"within 0.2 s, found none \(line [23]\)\nraise `timeout`",
+        {"mine.py": "def score(rows, answers):\n    while True:\n        pass\n"},
+    ),
+    "process reward with too few scores": Case(
+        "grpo",
+        'rewards=[{kind: process, function: "BAD/mine.py:score", separator: " "}]',
+        2,
+        r"expected \d+ step scores of answer 0, found 0",
+        {"mine.py": "def score(rows, steps):\n    return [[] for _ in steps]\n"},
+    ),
     "reward that ends the process": reward(
         "def score(rows, answers):\n    raise SystemExit(0)\n", r"raised SystemExit: 0"
     ),
@@ -196,7 +263,10 @@ RUNNING = {
 
 @pytest.fixture(scope="module")
 def world(cli, tiny, tmp_path_factory) -> dict[str, str]:
-    """Runs to refer to: another vocabulary, another template; an unfinished and a damaged stage in the tiny run."""
+    """Runs to refer to: another vocabulary, another template; an unfinished and a damaged stage in the tiny run.
+
+    BARE and STRICT are its reward model without statistics, and without a template or with a narrow one.
+    """
     places = {"DATA": str(tiny.data), "RUN": str(tiny.root)}
     for name, option in (("OTHER", "model.init.vocab=350"), ("TEMPLATE", "model.chat_template=chatml")):
         root = tmp_path_factory.mktemp(name.lower())
@@ -204,6 +274,16 @@ def world(cli, tiny, tmp_path_factory) -> dict[str, str]:
             done = cli(*command, "--run", root)
             assert done.code == 0, done.err
         places[name] = str(root)
+    for name, template in (("BARE", None), ("STRICT", STRICT)):
+        folder = tmp_path_factory.mktemp(name.lower()) / "model"
+        shutil.copytree(tiny.root / "rm" / "model", folder)
+        config = json.loads((folder / "config.json").read_text())
+        config = {key: value for key, value in config.items() if not key.startswith("score_")}
+        (folder / "config.json").write_text(json.dumps(config))
+        (folder / "chat_template.jinja").unlink()
+        if template is not None:
+            (folder / "chat_template.jinja").write_text(template)
+        places[name] = str(folder)
     halfway = tiny.root / "halfway"
     halfway.mkdir()
     status = {"state": "stopped", "stage": "sft", "step": 3, "total_steps": 10}

@@ -12,12 +12,18 @@ from pydantic.fields import FieldInfo
 from rlhf.recipe.load import load_pipeline, load_recipe
 from rlhf.recipe.schema import Block
 from rlhf.recipe.stages import RECIPES
+from scripts.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.y*ml"))
 PIPELINES = ("pipeline", "tiny")
 STAGES = [path for path in FILES if path.stem not in PIPELINES]
 CHAINS = [path for path in FILES if path.stem in PIPELINES]
+
+
+def stage(path: Path) -> str:
+    """The subcommand a recipe is for: the one it is named after, or that of the algorithm it is named after."""
+    return path.stem if path.stem in RECIPES else ALGORITHMS[path.stem]
 
 
 def name(path: Path) -> str:
@@ -32,14 +38,14 @@ def header(path: Path) -> str:
 
 
 def test_there_is_a_recipe_for_every_stage():
-    assert {path.stem for path in STAGES} == set(RECIPES)
+    assert {path.stem for path in STAGES} == {*RECIPES, *ALGORITHMS}
     assert all((path.parent / "README.md").is_file() for path in FILES)
 
 
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_a_recipe_loads_as_the_stage_it_is_named_after(path):
     for devices in (1, 8):
-        load_recipe(path, path.stem, world_size=devices)
+        load_recipe(path, stage(path), world_size=devices)
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)
@@ -72,7 +78,8 @@ def parents(block: Block, prefix: str = "") -> Iterator[tuple[str, str]]:
 def test_a_recipe_begins_with_its_purpose_its_hardware_and_its_command(path):
     text = header(path)
     assert "Hardware: " in text
-    assert f"rlhf {path.stem} {name(path)} --run runs/{path.parent.name}" in text
+    named = "" if path.stem in RECIPES else f" --name {path.stem}"
+    assert f"rlhf {stage(path)} {name(path)} --run runs/{path.parent.name}{named}" in text
 
 
 @pytest.mark.parametrize("path", CHAINS, ids=name)
@@ -86,7 +93,7 @@ def test_a_pipeline_begins_with_its_purpose_and_its_command(path):
 
 @pytest.mark.parametrize("path", STAGES, ids=name)
 def test_a_recipe_lists_only_what_differs_from_the_defaults(path):
-    loaded = load_recipe(path, path.stem)
+    loaded = load_recipe(path, stage(path))
     same = list(defaults(loaded.recipe, loaded.document.values))
     assert not same, f"these keys have their default anyway, leave them out: {', '.join(same)}"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,8 +97,13 @@ def judge(prompts: Sequence[str], completions: Sequence[str]) -> DemoScores:
     )
 
 
-def summary_rows(run: RunDir, prompts: Sequence[str], best: float) -> tuple[list[Row], dict[str, Answers]]:
-    """One row per finished stage in the order in which they were started, and the answers of every policy."""
+def summary_rows(
+    run: RunDir, prompts: Sequence[str], best: float, *, only: Collection[str] | None = None
+) -> tuple[list[Row], dict[str, Answers]]:
+    """One row per finished stage in the order in which they were started, and the answers of every policy.
+
+    only: names of the stages to judge beside SFT; None: all of them.
+    """
     stages = [stage for stage in run.describe() if stage.state == "finished"]
     base = next((stage for stage in stages if stage.stage == "sft"), None)
     if base is None:
@@ -108,6 +113,8 @@ def summary_rows(run: RunDir, prompts: Sequence[str], best: float) -> tuple[list
     rows: list[Row] = []
     answers: dict[str, Answers] = {}
     for stage in sorted(stages, key=lambda stage: stage is not base):
+        if only is not None and stage is not base and stage.name not in only:
+            continue
         logger.info("judging %s", stage.name)
         if stage.kind == "reward":
             rows.append(_reward_row(run, stage))

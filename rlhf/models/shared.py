@@ -183,7 +183,8 @@ def alone(module: SharedModule, role: str, state: dict[str, Tensor] | None) -> t
     with torch.device("meta"):
         if is_scorer:
             config.num_labels = 1
-            plain = AutoModelForSequenceClassification.from_config(config, dtype=core.dtype)
+            with reading(core.name_or_path):
+                plain = AutoModelForSequenceClassification.from_config(config, dtype=core.dtype)
             adapter = replace(adapter, task_type="SEQ_CLS", modules_to_save=list(_HEADS))
         else:
             plain = type(core)(config).to(core.dtype)

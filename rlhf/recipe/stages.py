@@ -176,6 +176,7 @@ class OnlineRecipe(Recipe):
     whiten_advantages: bool = Field(
         False, description="give the rollout's advantages mean 0 and variance 1, over all devices"
     )
+    advantage: GroupAdvantage = Field(GrpoAdvantage(), description="advantage estimator")
     policy_loss: PolicyLoss = Field(PpoClipLoss(), description="the policy loss and its options")
     aggregation: Aggregation = Field(
         "token_mean",
@@ -208,7 +209,6 @@ class GRPORecipe(OnlineRecipe):
 
     train: GRPOTrainBlock = Field(GRPOTrainBlock(), description="rollouts and optimisation of the policy")
     kl: GRPOKlBlock = Field(GRPOKlBlock(), description="distance to the reference policy")
-    advantage: GroupAdvantage = Field(GrpoAdvantage(), description="advantage estimator")
     aggregation: Aggregation = Field(
         "sequence_mean",
         description="average over all tokens of the minibatch, over each answer's tokens and then over answers, over"

@@ -143,7 +143,7 @@ def _loaded(spec: str) -> UserFunction:
         try:
             arguments.bind([], [])
         except TypeError:
-            what = f"expected a function of (rows, answers), found {name}{arguments}"
+            what = f"expected a function of two lists, found {name}{arguments}"
             raise RecipeError(what, where=str(path)) from None
     return loaded  # type: ignore[no-any-return]
 

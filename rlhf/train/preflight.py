@@ -141,8 +141,10 @@ def check_rendering(
     if reads_alike(own, tokenizer):
         return
     template = chat.ChatTemplate(own)
-    kinds = {tuple(message["role"] for message in example.fields["messages"]): example for example in prompts}
-    for example in kinds.values():
+    firsts: dict[tuple[str, ...], PromptExample] = {}
+    for example in prompts:
+        firsts.setdefault(tuple(message["role"] for message in example.fields["messages"]), example)
+    for example in firsts.values():
         try:
             template.answered(example.fields["messages"], "a", example.where, finished=True)
         except DataError as error:

@@ -50,6 +50,7 @@ def shared_roles(job: Job, tokenizer: PreTrainedTokenizerFast) -> SharedRoles:
         critic = Engine(
             module, recipe.critic.zero, bf16=bf16, optim=recipe.critic, role=CRITIC, trained=own[CRITIC], beside=actor
         )
+        alone(module, CRITIC, None)  # what cannot be published is told before it is trained
     keys = [f"rewards.{i}" for i in range(len(recipe.rewards))]
     scores = {key: scores_of(actor, role_name(key)) for key in keys if role_name(key) in layout.roles}
     describe(module, [engine for engine in (actor, critic) if engine is not None], len(scores))

@@ -80,7 +80,7 @@ def test_an_exception_in_the_function_names_its_line(tmp_path: Path) -> None:
         ("def other(rows, answers):\n    return []\n", "expected a function 'score', found other"),
         ("score = 3\n", "expected a function 'score', found no function"),
         ("import sys\nsys.exit(0)\n", r"could not be loaded: SystemExit: 0 \(line 2\)"),
-        ("def score(answers):\n    return []\n", r"expected a function of \(rows, answers\), found score\(answers\)"),
+        ("def score(answers):\n    return []\n", r"expected a function of two lists, found score\(answers\)"),
     ],
 )
 def test_files_that_do_not_load_or_have_no_such_function(tmp_path: Path, body: str, message: str) -> None:
