@@ -153,7 +153,7 @@ CASES = {
     ),
     "shared base": Case(
         "ppo",
-        {"share_base": True, "rewards": [{"kind": "model", "from": "rm-lora"}], "critic.from": "rm-lora"},
+        {"share_base": True, "rewards": [{"kind": "model", "from": "choice-rm"}], "critic.from": "choice-rm"},
         kinds=("lora",),
     ),
     "optimizer": Case(

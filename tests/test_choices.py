@@ -1,7 +1,7 @@
 """Every named choice and every option of the on-policy stages, through the command line, in full and with LoRA.
 
-The cases of tests/choices.py name what differs from the tiny recipe of tests/conftest.py. The last tests fail where a registered name, an
-option, or a value of an option that has a few is in no case.
+The cases of tests/choices.py name what differs from the tiny recipe of tests/conftest.py. The last tests fail where a
+registered name, an option, or a value of an option that has a few is in no case.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from tests.choices import CASES, NOT_HERE, NOT_THESE
 
 pytestmark = pytest.mark.pipeline
 STAGES = ("ppo", "grpo")
-
 
 # --- running --------------------------------------------------------------------------------------------------------
 
@@ -72,7 +71,7 @@ def places(cli, tiny, tmp_path_factory) -> Iterator[dict[str, str]]:
     (tiny.data / "words.jsonl").write_text("".join(json.dumps(row) + "\n" for row in words))
     labelled = [{"prompt": f"number {n}", "completion": f"it is {n}", "label": True} for n in range(20)]
     (tiny.data / "labelled.jsonl").write_text("".join(json.dumps(row) + "\n" for row in labelled))
-    done = cli(*tiny.command("rm", "--name", "rm-lora", "--set", "model.lora.rank=4"))
+    done = cli(*tiny.command("rm", "--name", "choice-rm", "--set", "model.lora.rank=4"))
     assert done.code == 0, done.err
     with ThreadingHTTPServer(("127.0.0.1", 0), Judge) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
