@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import socket
 import subprocess
 import sys
 import traceback
@@ -11,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -176,3 +179,51 @@ def in_child(body: Callable[[], object]) -> None:
         failure = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     assert not failure and code == 0, failure or f"the child ended with {code}"
+
+
+@pytest.fixture
+def two_ranks() -> Callable[[Callable[[int], Any]], list[Any]]:
+    """`two_ranks(body)` runs `body(rank)` in two children that are a group, and gives back what they return."""
+    return in_two_children
+
+
+def in_two_children(body: Callable[[int], Any]) -> list[Any]:
+    """As the launcher would start them, without its seconds. A traceback of either is this process's failure."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = str(taken.getsockname()[1])
+    children = [fork_rank(body, rank, port) for rank in range(2)]
+    found = []
+    for child, read in children:
+        with os.fdopen(read, "rb") as pipe:
+            found.append(pickle.loads(pipe.read() or pickle.dumps(("it was killed", None))))
+        os.waitpid(child, 0)
+    assert not any(failure for failure, _ in found), "\n".join(str(failure) for failure, _ in found)
+    return [value for _, value in found]
+
+
+def fork_rank(body: Callable[[int], Any], rank: int, port: str) -> tuple[int, int]:
+    """(pid, where it writes its failure and what it returns)."""
+    import torch  # most tests need none of it
+
+    from rlhf.engine import dist
+
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        answer: tuple[str, Any] = ("", None)
+        try:
+            os.close(read)
+            os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
+            os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            torch.set_num_threads(1)
+            dist.start()
+            answer = ("", body(rank))
+            dist.finish()
+        except BaseException:
+            answer = (traceback.format_exc(), None)
+        with os.fdopen(write, "wb") as pipe:
+            pickle.dump(answer, pipe)
+        os._exit(0)
+    os.close(write)
+    return child, read

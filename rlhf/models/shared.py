@@ -204,7 +204,9 @@ def alone(module: SharedModule, role: str, state: dict[str, Tensor] | None) -> t
         elif not name.startswith("heads.") and not any(_is_of(name, other) for other in others):
             own[_renamed(name, role) if _is_of(name, role) else name] = value
     known = set(view.state_dict())  # without the language-model head of a scorer, and buffers that no file holds
-    return view, {name: value for name, value in own.items() if name in known}
+    # A layer on which only other roles have an adapter is a plain one here.
+    plainly = {name if name in known else name.replace(".base_layer.", "."): value for name, value in own.items()}
+    return view, {name: value for name, value in plainly.items() if name in known}
 
 
 def _is_of(name: str, role: str) -> bool:

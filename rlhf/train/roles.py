@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
@@ -69,8 +70,9 @@ def reference(job: Job, tokenizer: PreTrainedTokenizerFast, actor: Engine) -> Re
         logger.info("reference: the policy's base, with the adapter switched off")
         return Reference(actor, is_base=True)
     ref: ModelRef = recipe.reference if recipe.reference.from_ or recipe.reference.path else recipe.model
-    source = job.source("reference" if ref is recipe.reference else "model", ref)
-    setup = Setup.frozen(recipe.model.dtype, recipe.model.attention)
+    source = _source(job) if ref is recipe.model else job.source("reference", ref)
+    # The seed matters where the policy is made from scratch: so is its reference then, with the same weights.
+    setup = replace(Setup.frozen(recipe.model.dtype, recipe.model.attention), seed=recipe.train.seed)
     with sharded_loading(recipe.reference.zero, bf16=recipe.model.dtype == "bf16"):
         model = build_policy(source, tokenizer, setup, revision=ref.revision)
     return Reference(_engine("reference", PolicyModule(model), recipe.reference.zero, recipe.model.dtype))

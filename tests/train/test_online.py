@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import pickle
-import socket
-import traceback
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -18,7 +16,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rlhf.batch import Rollout, Tokens
 from rlhf.data import order
 from rlhf.data.examples import PromptExample
-from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import DataError, RecipeError
 from rlhf.models.forward import PolicyModule, ScorerModule
@@ -90,40 +87,6 @@ def collector(
         OnlineState.at_start(recipe),
         starts_at_reference=False,
     )
-
-
-def on_two_ranks(body: Callable[[int], Any]) -> list[Any]:
-    """`body(rank)` in two forks that are a group; what they return, or their failure."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        port = server.getsockname()[1]
-    pipes = []
-    for rank in range(2):
-        read, write = os.pipe()
-        child = os.fork()
-        if child == 0:
-            answer: tuple[str, Any] = ("", None)
-            try:
-                os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_SIZE": "2"}
-                os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                torch.set_num_threads(1)
-                dist.start()
-                answer = ("", body(rank))
-                dist.finish()
-            except BaseException:
-                answer = (traceback.format_exc(), None)
-            with os.fdopen(write, "wb") as pipe:
-                pickle.dump(answer, pipe)
-            os._exit(0)
-        os.close(write)
-        pipes.append((child, read))
-    found = []
-    for child, read in pipes:
-        with os.fdopen(read, "rb") as pipe:
-            found.append(pickle.load(pipe))
-        os.waitpid(child, 0)
-    assert not any(failure for failure, _ in found), "\n".join(failure for failure, _ in found)
-    return [value for _, value in found]
 
 
 # --- groups ---------------------------------------------------------------------------------------------------------
@@ -358,7 +321,7 @@ def test_supervised_rows_go_on_where_the_last_step_ended(forked):
 # --- on several ranks -----------------------------------------------------------------------------------------------
 
 
-def test_an_error_of_one_rank_is_the_error_of_all():
+def test_an_error_of_one_rank_is_the_error_of_all(two_ranks):
     def body(rank: int) -> list[str]:
         told = []
         for failing in (0, 1, None):
@@ -374,12 +337,12 @@ def test_an_error_of_one_rank_is_the_error_of_all():
                 told.append(error.what)
         return told
 
-    first, second = on_two_ranks(body)
+    first, second = two_ranks(body)
     assert first == ["rank 0 has no answer", "rank 1 has no answer", "0"]
     assert second == ["rank 0 has no answer", "rank 1 has no answer", "1"]
 
 
-def test_each_rank_tells_its_own_error_where_both_fail(forked):
+def test_each_rank_tells_its_own_error_where_both_fail(two_ranks):
     def body(rank: int) -> str:
         try:
             agreed(lambda: (_ for _ in ()).throw(RecipeError(f"rank {rank}", where="here")))
@@ -387,10 +350,10 @@ def test_each_rank_tells_its_own_error_where_both_fail(forked):
             return error.what
         return ""
 
-    assert on_two_ranks(body) == ["rank 0", "rank 1"]
+    assert two_ranks(body) == ["rank 0", "rank 1"]
 
 
-def test_two_ranks_collect_what_one_does(forked):
+def test_two_ranks_collect_what_one_does(forked, two_ranks):
     """The same answers in the same order, the same numbers about them, and each half of every minibatch."""
 
     def collect() -> list[Any]:
@@ -411,7 +374,7 @@ def test_two_ranks_collect_what_one_does(forked):
     with os.fdopen(read, "rb") as pipe:
         shares, numbers = pickle.load(pipe)
     alone = [sorted(map(tuple, ids.tolist())) for ids, _, _ in shares]
-    ranks = on_two_ranks(lambda rank: collect())
+    ranks = two_ranks(lambda rank: collect())
     for found, told in ranks:
         assert told.keys() == numbers.keys()
         for name, value in numbers.items():
