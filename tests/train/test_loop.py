@@ -235,7 +235,9 @@ def test_an_alarm_ends_the_run_after_its_row_and_a_checkpoint(forked, tmp_path):
     forked(body)
 
 
-@pytest.mark.parametrize(("first_step", "fails", "expected"), [(0, 2, [2]), (0, 0, []), (2, 2, []), (1, 3, [3])])
+@pytest.mark.parametrize(
+    ("first_step", "fails", "expected"), [(0, 1, [1]), (0, 2, [2]), (0, 0, []), (2, 2, []), (1, 3, [3])]
+)
 def test_what_was_learned_is_kept_where_a_batch_cannot_be_collected(forked, tmp_path, first_step, fails, expected):
     def body():
         saved = []
