@@ -112,11 +112,13 @@ class OnlineCollector:
         """Controllers move their coefficients; alarms look at the step."""
         recipe, state = self.recipe, self.state
         further = {"kl/coef": state.kl_coef}
+        if "policy/kl_moved" not in metrics:  # the critic learned alone: the policy stands where it stood
+            return further, self.watch(step, metrics, further)
         episodes = recipe.train.prompts * recipe.train.answers
         control = bind(KL_CONTROLLERS, recipe.kl.controller)
         state.kl_coef = control(state.kl_coef, metrics["rollout/kl_ref"], episodes)
         loss = recipe.policy_loss
-        if isinstance(loss, PpoPenaltyLoss) and state.penalty_beta is not None and "policy/kl_moved" in metrics:
+        if isinstance(loss, PpoPenaltyLoss) and state.penalty_beta is not None:
             further["policy/penalty_beta"] = state.penalty_beta
             moved = metrics["policy/kl_moved"]
             state.penalty_beta = ppo_penalty_beta(state.penalty_beta, moved, episodes, target=loss.target)
