@@ -132,7 +132,8 @@ def test_lora_targets_are_one_problem(refuse: Callable[..., list[str]]) -> None:
 def test_missing_blocks_point_at_the_parent(refuse: Callable[..., list[str]]) -> None:
     assert refuse("train: {lr: 1e-5}\n") == [
         "r.yaml:1:1: model: expected a block of options, found nothing\n  model: the model to train",
-        "r.yaml:1:1: data: expected a block of options, found nothing\n  data: what to learn from, or the prompts to answer",
+        "r.yaml:1:1: data: expected a block of options, found nothing\n"
+        "  data: what to learn from, or the prompts to answer",
     ]
 
 
