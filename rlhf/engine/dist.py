@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  reads DS_ACCELERATOR when it is imported
+
+from rlhf.errors import UserError  # noqa: E402
 
 T = TypeVar("T")
 
@@ -115,6 +118,22 @@ def gather_rows(value: Tensor) -> Tensor:
     torch_dist.all_gather(parts, local.to(torch.uint8) if is_bool else local)
     joined = torch.cat(parts)
     return (joined.bool() if is_bool else joined).to(value.device)
+
+
+def agreed(work: Callable[[], T]) -> T:
+    """What `work` returns; where it fails on one rank for a reason to tell, every rank fails with that reason.
+
+    Inside, ranks may meet only if none of them can fail before.
+    """
+    result, error = None, None
+    try:
+        result = work()
+    except UserError as failed:
+        error = failed
+    for told in gather_objects(error):
+        if told is not None:
+            raise error or told
+    return result  # type: ignore[return-value]
 
 
 def gather_objects(value: T) -> list[T]:

@@ -99,6 +99,23 @@ def penalty_needs_updates(recipe: OnlineRecipe) -> Problems:
         yield Problem("train.inner_epochs", what, fix, ("policy_loss.name", "train.minibatches"))
 
 
+def early_stop_needs_updates(recipe: OnlineRecipe) -> Problems:
+    """At the first update the policy has not moved, and there is no second one to leave out."""
+    train = recipe.train
+    if train.target_kl is not None and train.inner_epochs * train.minibatches == 1:
+        what = f"expected nothing with one update per rollout, found {train.target_kl:g}"
+        fix = "it ends the updates on a rollout: raise train.inner_epochs or train.minibatches, or remove it"
+        yield Problem("train.target_kl", what, fix, ("train.inner_epochs", "train.minibatches"))
+
+
+def whitened_twice(recipe: OnlineRecipe) -> Problems:
+    """REINFORCE++ whitens by itself."""
+    name = recipe.advantage.name
+    if recipe.whiten_advantages and name in ("reinforce_pp", "reinforce_pp_baseline"):
+        what = f"expected false with advantage {name}, which whitens by itself, found true"
+        yield Problem("whiten_advantages", what, "remove it", ("advantage.name",))
+
+
 def sequence_losses(recipe: OnlineRecipe) -> Problems:
     """A loss with one number per answer is averaged over answers."""
     name = recipe.policy_loss.name
@@ -106,6 +123,11 @@ def sequence_losses(recipe: OnlineRecipe) -> Problems:
         what = f"expected sequence_mean with policy_loss {name}, found {recipe.aggregation}"
         fix = f"{name} gives one number per answer; any other sum would weigh answers by their length"
         yield Problem("aggregation", what, fix, ("policy_loss.name",))
+    has_kl = recipe.kl.placement == "reward" and recipe.kl.coef > 0
+    if recipe.policy_loss.per_sequence and recipe.advantage.name == "remax" and has_kl:
+        what = f"expected loss with advantage remax and policy_loss {name}, found reward"
+        fix = f"remax takes the KL off token by token, {name} moves whole answers: set it to loss, or use ppo_clip"
+        yield Problem("kl.placement", what, fix, ("advantage.name", "policy_loss.name"))
     if recipe.policy_loss.per_sequence and recipe.advantage.per_token:
         what = f"expected an estimator of whole answers with policy_loss {name}, found {recipe.advantage.name}"
         fix = f"{name} moves whole answers; use grpo, rloo, reinforce or remax"
@@ -114,8 +136,9 @@ def sequence_losses(recipe: OnlineRecipe) -> Problems:
 
 def refills(recipe: OnlineRecipe) -> Problems:
     """Only groups can be flat."""
-    if recipe.train.max_refills and not (recipe.advantage.needs_group and recipe.train.answers > 1):
-        what = f"expected 0 with advantage {recipe.advantage.name}, which compares no groups"
+    compares = recipe.advantage.needs_group and not recipe.advantage.needs_steps
+    if recipe.train.max_refills and not (compares and recipe.train.answers > 1):
+        what = f"expected 0 with advantage {recipe.advantage.name}, which does not compare whole answers of a group"
         fix = "refills replace groups of equal scores: use grpo, dr_grpo or rloo, or set it to 0"
         yield Problem("train.max_refills", f"{what}, found {recipe.train.max_refills}", fix, ("advantage.name",))
 
@@ -127,6 +150,13 @@ def score_options(recipe: OnlineRecipe) -> Problems:
         what = f"expected less than sampling.max_new_tokens = {longest}, found {scores.overlong_buffer}"
         also = ("sampling.max_new_tokens",)
         yield Problem("scores.overlong_buffer", what, "the penalty begins so many tokens before the limit", also)
+    if scores.overlong_penalty != ScoresBlock.model_fields["overlong_penalty"].default and not scores.overlong_buffer:
+        what = f"expected scores.overlong_buffer beside it, found none, which makes {scores.overlong_penalty:g} nothing"
+        yield Problem("scores.overlong_penalty", what, "set the buffer, or remove it", ("scores.overlong_buffer",))
+    if scores.drop_unfinished and (scores.missing_eos_penalty or scores.missing_eos_score is not None):
+        what = "expected no price on answers that are left out of the loss, found both"
+        keys = ("scores.missing_eos_penalty", "scores.missing_eos_score")
+        yield Problem("scores.drop_unfinished", what, "drop unfinished answers, or let them pay", keys)
     if scores.missing_eos_score is not None and scores.missing_eos_penalty:
         what = "expected one of missing_eos_penalty and missing_eos_score, found both"
         yield Problem("scores.missing_eos_score", what, "remove one of them", ("scores.missing_eos_penalty",))
@@ -158,6 +188,8 @@ POLICY_RULES: tuple[Callable[[OnlineRecipe], Problems], ...] = (
     kl_control,
     fresh_samples,
     penalty_needs_updates,
+    early_stop_needs_updates,
+    whitened_twice,
     sequence_losses,
     refills,
     score_options,

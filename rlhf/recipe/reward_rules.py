@@ -36,6 +36,17 @@ def reward_options(recipe: ScoringRecipe) -> Iterator[Problem]:
             yield from _address(f"{key}.url", reward.url)
     for name, rewards in _lists(recipe):
         yield from _twice(name, rewards)
+    if isinstance(recipe, OnlineRecipe):
+        learned = [_nameless(reward) for reward in recipe.rewards]
+        for i, reward in enumerate(recipe.test_rewards):
+            if _nameless(reward) in learned:
+                what = f"expected a reward that is not learned from, found rewards.{learned.index(_nameless(reward))}"
+                fix = "its gap would be 0 whatever happens: train a second model on other rows (data.part)"
+                yield Problem(f"test_rewards.{i}", what, fix, (f"rewards.{learned.index(_nameless(reward))}",))
+
+
+def _nameless(reward: Reward) -> dict[str, object]:
+    return reward.model_dump(exclude={"weight", "zero", "dtype", "statistics"})
 
 
 def _pattern(key: str, pattern: str) -> Iterator[Problem]:

@@ -265,7 +265,7 @@ class OnlineTrainBlock(LearnBlock):
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass; must divide prompts x answers")
     rollout_batch: int = Field(64, ge=1, description="rows sampled together on a device")
     target_kl: float | None = Field(
-        None, gt=0, description="stop learning from a rollout once the policy moved this far from it, in nats per token"
+        None, gt=0, description="make no further update on a rollout once the policy moved this far, in nats per token"
     )
     max_refills: int = Field(
         0, ge=0, description="further rounds of prompts that replace groups of equal scores (DAPO's dynamic sampling)"

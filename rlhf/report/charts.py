@@ -66,6 +66,7 @@ CHARTS: tuple[Chart, ...] = (
             "reward/function*",
             "reward/process*",
             "reward/http*",
+            "reward/demo_gold*",
         ),
         "score",
         least=2,

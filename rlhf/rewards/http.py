@@ -29,6 +29,7 @@ logger = logging.getLogger("rlhf.rewards")
 MAX_BYTES = 1 << 20  # of an answer; 20 characters per score are plenty
 _PAUSE, _LONGEST_PAUSE = 0.5, 8.0  # seconds before the first further try, doubled for each one after
 _CHUNK = 1 << 16
+_GIVES_UP = 3  # failed requests in a row
 
 
 # Neither proxies nor redirects: a POST that is sent elsewhere may lose its body, or leave http.
@@ -56,15 +57,20 @@ def http_scores(
     """What the service at `url` says of the answers, `batch_size` of them per request, None where it says nothing.
 
     timeout: seconds that one try may take. Once a request has failed for good, the further ones of this call are tried
-    once: a service that is down must not hold up the other ranks for long.
+    once, and after three in a row the rest are not sent: a service that is down must not hold up the other ranks.
     """
     scores: Column = []
     failures: list[str] = []
+    in_a_row = 0
     for start in range(0, len(answers), batch_size):
         some, texts = rows[start : start + batch_size], answers[start : start + batch_size]
+        if in_a_row >= _GIVES_UP:
+            scores += [None] * len(texts)
+            continue
         body = _body(some, texts)
         found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries)
         failures += [failure] if failure else []
+        in_a_row = in_a_row + 1 if failure else 0
         scores += found
     if failures:
         count = sum(score is None for score in scores)

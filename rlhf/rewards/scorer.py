@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlhf.batch import Rollout
+from rlhf.errors import NumericsError
 from rlhf.rewards.base import Column, Row, weighted_sum
 from rlhf.rewards.steps import summed
 
@@ -37,6 +39,8 @@ class Scorer:
     parts: dict[str, Part]
     weights: dict[str, float]
     step_parts: dict[str, StepPart] = field(default_factory=dict)  # have a weight, too
+    # Asks one part. Where several ranks score, all of them must hear of a part that failed on one, before the next.
+    ask: Callable[[Callable[[], Any]], Any] = lambda work: work()
 
     def names(self) -> list[str]:
         """The parts, in the order in which `Scores` has them."""
@@ -44,8 +48,8 @@ class Scorer:
 
     def __call__(self, rollout: Rollout) -> Scores:
         with torch.no_grad():
-            found = {name: part(rollout) for name, part in self.parts.items()}
-        steps = {name: part(rollout) for name, part in self.step_parts.items()}
+            found = {name: self.ask(partial(part, rollout)) for name, part in self.parts.items()}
+        steps = {name: self.ask(partial(part, rollout)) for name, part in self.step_parts.items()}
         everything = {**found, **{name: summed(each) for name, each in steps.items()}}
         total = weighted_sum(everything, self.weights)
         spread = self._spread(rollout, total, found, steps) if steps else None
@@ -83,7 +87,7 @@ def model_part(score: Callable[[Tensor, Tensor], Tensor], micro_batch: int, devi
         scores: Column = []
         with torch.no_grad():
             for micro in rollout.split(micro_batch):
-                scores += score(micro.ids.to(device), micro.attention.to(device)).tolist()
+                scores += _finite(score(micro.ids.to(device), micro.attention.to(device)))
         return scores
 
     return part
@@ -119,10 +123,22 @@ def rendered_part(
         with torch.no_grad():
             for start in range(0, len(called), micro_batch):
                 ids, attention = _padded(called[start : start + micro_batch], pad_id)
-                scores += score(ids.to(device), attention.to(device)).tolist()
+                scores += _finite(score(ids.to(device), attention.to(device)))
         return [value if fit else None for value, fit in zip(scores, fits, strict=True)]
 
     return part
+
+
+def _finite(scores: Tensor) -> list[float]:
+    """A model's scores. What is not a number is the model's fault: it must not pass for an unscored answer."""
+    if not scores.isfinite().all():
+        raise NumericsError(
+            f"expected finite scores, found {int((~scores.isfinite()).sum())} of {len(scores)} that are not",
+            where="reward model",
+            fix="Score in fp32 (dtype of the reward), or look at the reward model's training.",
+        )
+    found: list[float] = scores.tolist()
+    return found
 
 
 def standardised(part: Part, mean: float, std: float) -> Part:

@@ -103,7 +103,7 @@ def repeated_share(ids: Tensor, mask: Tensor) -> float:
     """Share of answers that another answer of the rollout repeats token by token; 0 where there is no answer.
 
     ids, mask: (B, R), the answers' tokens and where they count; every row is a draw of its own. Rows without a token
-    (unscored answers) are left out, of the count as of the total.
+    are left out, of the count as of the total.
     """
     rows = zip(ids.tolist(), mask.tolist(), strict=True)
     answers = [tuple(token for token, counts in zip(*row, strict=True) if counts) for row in rows]

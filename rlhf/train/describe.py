@@ -18,15 +18,16 @@ from rlhf.train.experience import Answers, Seen, is_flat
 def describe(
     answers: Answers, seen: Seen, experience: Experience, recipe: OnlineRecipe, part_names: list[str]
 ) -> dict[str, float]:
-    """Metrics of a whole rollout, the same on every rank; what is not a finite number is left out."""
+    """Metrics of a whole rollout, the same on every rank; some may be undefined (NaN)."""
     metrics = {**of_answers(answers, recipe), **of_tokens(answers, seen, experience)}
+    metrics["reward/processed_mean"] = experience.scores[~answers.scores.isnan()].double().mean()
     if experience.old_values is not None and experience.returns is not None:
         metrics |= of_critic(experience)
     for name, values in zip(part_names, answers.parts.unbind(1), strict=True):
         metrics[name] = values[~values.isnan()].mean()
         if name == "test/score_mean":
             metrics["test/score_std"] = deviation(values[~values.isnan()])
-    return {name: float(value) for name, value in metrics.items() if math.isfinite(float(value))}
+    return {name: float(value) for name, value in metrics.items()}
 
 
 def of_answers(answers: Answers, recipe: OnlineRecipe) -> dict[str, Tensor | float]:

@@ -33,7 +33,6 @@ from rlhf.train import roles, scorers
 from rlhf.train.guards import check_scored
 from rlhf.train.job import Job
 from rlhf.train.loop import Collected, Stage
-from rlhf.train.online import agreed
 from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive
 from rlhf.train.stages import sampler
@@ -83,9 +82,11 @@ def pair_rows(answers: Sequence[Row], label: LabelBlock) -> tuple[list[Row], Cou
     left_out: Counter[str] = Counter()
     for start in range(0, len(answers), label.answers):
         group = answers[start : start + label.answers]
-        texts, scores = [row["answer"] for row in group], [row["score"] for row in group]
+        texts = [row["answer"] for row in group]
+        # An answer that was cut off would be learned as one that ends there.
+        scores = [row["score"] if row["finished"] else None for row in group]
         pairs, reasons = compare(texts, scores, label)
-        left_out += reasons
+        left_out += reasons + Counter(unfinished=sum(not row["finished"] for row in group))
         rows += [
             {
                 "prompt": group[0]["prompt"],
@@ -136,7 +137,7 @@ class LabelCollector:
             for turn in range(turns):  # equally many on every rank: sharded models are called in step
                 number = turn * dist.world_size() + dist.rank()
                 batch = batches[min(number, len(batches) - 1)]
-                rows = agreed(partial(self.answer, policy, batch, size))
+                rows = self.answer(policy, batch, size)
                 mine += rows if number < len(batches) else []
         answers = sorted(itertools.chain.from_iterable(dist.gather_objects(mine)), key=lambda row: row["place"])
         check_scored(sum(row["score"] is not None for row in answers), len(answers), step)
@@ -153,7 +154,8 @@ class LabelCollector:
         filled = places + places[-1:] * (size - len(places))
         seeds = [derive(self.label.seed, "label", place, g) for place in filled for g in range(self.label.answers)]
         examples = [self.prompts[place] for place in filled]
-        rollout = generate(policy, examples, seeds, self.recipe.sampling, self.sampler)
+        ask = partial(generate, policy, examples, seeds, self.recipe.sampling, self.sampler)
+        rollout = dist.agreed(ask)
         found = self.scorer(rollout)
         lengths, widths = rollout.response_mask.sum(-1).tolist(), rollout.attention.sum(-1).tolist()
         rows = []
@@ -190,6 +192,7 @@ class LabelCollector:
             "label/close": float(left_out["close"]),
             "label/equal_texts": float(left_out["equal_texts"]),
             "label/too_few_scored": float(left_out["too_few_scored"]),
+            "label/unfinished": float(left_out["unfinished"]),
         }
         if pairs:
             metrics["label/margin"] = statistics.fmean(row["score_margin"] for row in pairs)

@@ -79,6 +79,7 @@ class Stage:
     report: Callable[[int, str, float | None], None]
     policy_starts: int = 0  # steps before which only the critic learns
     target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
+    measures_move: bool = False  # look once more how far the policy has moved, after its last update
     averages: list[Average] = field(default_factory=list)
 
 
@@ -134,6 +135,7 @@ def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
     totals = {objective.group: Totals() for objective in objectives}
     norms: dict[str, list[float]] = {objective.group: [] for objective in objectives}
     metrics: dict[str, float] = {}
+    updates, moved = 0, 0.0
     for index, minibatch in enumerate(collected.minibatches):
         for engine, group in by_engine(objectives):
             for objective in group:
@@ -141,23 +143,42 @@ def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
                 totals[objective.group].add(found)
                 if index == 0 and objective is stage.objectives[0]:
                     stage.collector.guard(step, found.means())
-                if objective is stage.objectives[0] and "kl_old" in found.values:
-                    metrics["policy/kl_moved"] = found.means()["kl_old"]
-            rate = learning_rate(group[0].optim, *update_number(stage, step, index, group[0].group))
-            norms[group[0].group].append(engine.step(rate))
-            metrics[f"{group[0].group}/lr"] = rate
-            for average in stage.averages:
-                if average.engine is engine:
-                    average.update()
-        if stage.target_kl is not None and metrics.get("policy/kl_moved", 0.0) > stage.target_kl:
+                if objective.group == "policy":
+                    updates, moved = updates + 1, found.means()["kl_old"]
+                    metrics["policy/kl_moved"] = moved
+            leader = group[0]
+            rate = learning_rate(leader.optim, *update_number(stage, step, index, leader.group))
+            norms[leader.group].append(engine.step(rate))
+            metrics[f"{leader.group}/lr"] = rate
+            follow(stage, engine)
+        if stage.target_kl is not None and moved > stage.target_kl:
             break
+    if stage.measures_move and updates:
+        metrics["policy/kl_moved"] = measured(stage, collected.minibatches[updates - 1])["kl_old"]
     for name, total in totals.items():
         metrics.update({f"{name}/{key}": value for key, value in total.means().items()})
         if norms[name]:
             metrics[f"{name}/grad_norm"] = sum(norms[name]) / len(norms[name])
-    if stage.target_kl is not None and step >= stage.policy_starts:
-        metrics["policy/updates"] = index + 1
+    if stage.target_kl is not None and updates:
+        metrics["policy/updates"] = updates
     return metrics
+
+
+def follow(stage: Stage, engine: Engine) -> None:
+    """Let the averages of an engine's weights take in its step."""
+    for average in stage.averages:
+        if average.engine is engine:
+            average.update()
+
+
+def measured(stage: Stage, minibatch: Rows) -> dict[str, float]:
+    """The policy's metrics on a minibatch as it stands after its last update, over all ranks."""
+    policy, meter = stage.objectives[0], Meter()
+    with policy.engine.evaluating():
+        meter.add_counts(dist.sum_over_ranks(policy.counts(minibatch)))
+        for micro in minibatch.split(stage.micro_batch):
+            meter.add(policy.loss(micro).metrics)
+    return meter.means()
 
 
 def by_engine(objectives: list[Objective]) -> list[tuple[Engine, list[Objective]]]:

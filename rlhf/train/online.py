@@ -8,10 +8,9 @@ whitening and minibatches are the same whatever the number of ranks.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +46,6 @@ from rlhf.train.seeding import derive, permutation
 from rlhf.train.state import OnlineState
 from rlhf.train.supervised import Dataset
 
-T = TypeVar("T")
 logger = logging.getLogger("rlhf.train")
 
 
@@ -76,30 +74,36 @@ class OnlineCollector:
         check_scored(int((~answers.scores.isnan()).sum()), len(answers), step)
         with torch.no_grad():
             seen = self.look_back(answers)
+        with self.state.undone_on_error():
             experience = to_experience(answers, seen, self.recipe, self.state, greedy)
-        self.check(answers, experience, step)
-        metrics = describe(answers, seen, experience, self.recipe, self.part_names()) | refills
+            metrics = describe(answers, seen, experience, self.recipe, self.part_names()) | refills
+            self.check(step, answers, experience, metrics)
         metrics |= self.gap(metrics)
         metrics["speed/rollout_seconds"] = sampled
         metrics["speed/rollout_tokens_per_second"] = float(answers.response_mask.sum()) / sampled
         if greedy is not None:
             metrics["rollout/greedy_score"] = float(greedy.scores.nanmean())
+        minibatches = self.minibatches(step, experience)
+        planned = self.recipe.train.inner_epochs * self.recipe.train.minibatches
+        metrics["rollout/empty_minibatches"] = float(planned - len(minibatches))
+        numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
+        return Collected(minibatches, numbers, int(answers.attention.sum()))
+
+    def check(self, step: int, answers: Answers, experience: Experience, metrics: dict[str, float]) -> None:
+        """What a fresh rollout must be before anything is learned from it."""
         dtype = self.recipe.model.dtype
+        check_ids(answers.ids, self.actor.module.core.config.get_text_config().vocab_size, step)
+        check_finite(experience, step)
         check_sampler(metrics["rollout/sampler_gap"], dtype, step)
         if step == 0 and self.starts_at_reference:
             check_same_weights(metrics["rollout/ref_gap"], dtype, "policy and reference at the start")
-        return Collected(self.minibatches(step, experience), metrics, int(answers.attention.sum()))
-
-    def check(self, answers: Answers, experience: Experience, step: int) -> None:
-        """What a fresh rollout must be before anything is learned from it."""
-        check_ids(answers.ids, self.actor.module.core.config.get_text_config().vocab_size, step)
-        check_finite(experience, step)
-        check_no_dropout(self.actor.module, "policy")
+        for engine in (self.actor, *([] if self.critic is None else [self.critic])):
+            check_no_dropout(engine.module, "policy" if engine is self.actor else "critic")
 
     def gap(self, metrics: dict[str, float]) -> dict[str, float]:
         """How much more the train score has gained than the test score, where there is one."""
         names = [f"{group}/score_{what}" for group in ("reward", "test") for what in ("mean", "std")]
-        if not set(names) <= metrics.keys():
+        if self.test_scorer is None:
             return {}
         numbers = [metrics[name] for name in names]
         return self.state.gap.look(Scale(*numbers[:2]), Scale(*numbers[2:]))
@@ -158,12 +162,11 @@ class OnlineCollector:
 
     def draw(self, step: int, refill: int, *, greedy: bool = False) -> Answers:
         """One round of prompts with their scored answers, on every rank."""
-        rollout = agreed(lambda: self.sample(step, refill, greedy))
-        found = agreed(lambda: self.scorer(rollout))
+        rollout = dist.agreed(lambda: self.sample(step, refill, greedy))
+        found = self.scorer(rollout)
         parts = list(found.parts.values())
-        test_scorer = self.test_scorer
-        if test_scorer is not None and not greedy:
-            tested = agreed(lambda: test_scorer(rollout))
+        if self.test_scorer is not None and not greedy:
+            tested = self.test_scorer(rollout)
             parts += [tested.total, *tested.parts.values()]
         mine = Answers(
             rollout.ids,
@@ -255,18 +258,24 @@ class OnlineCollector:
     # --- minibatches ---
 
     def minibatches(self, step: int, experience: Experience) -> list[Experience]:
-        """Seeded permutations cut into equal minibatches; of each, the rows dealt to this rank."""
+        """Seeded permutations cut into equal minibatches; of each, the rows dealt to this rank.
+
+        One without an answer to learn from (all unscored, or cut off and dropped) is left out on every rank.
+        """
         train = self.recipe.train
         size = len(experience) // train.minibatches
         lengths = experience.attention.sum(-1).tolist()
+        counts = experience.response_mask.any(-1)
         shares: list[Experience] = []
+        number = step * train.inner_epochs * train.minibatches
         for epoch in range(train.inner_epochs):
             shuffled = permutation(len(experience), derive(train.seed, "minibatch", step, epoch))
             for start in range(0, len(shuffled), size):
                 rows = sorted(shuffled[start : start + size], key=lambda row: -lengths[row])
-                share = experience.select(rows[dist.rank() :: dist.world_size()])
-                number = step * train.inner_epochs * train.minibatches + len(shares)
-                shares.append(replace(share, pretraining=self.supervised_rows(number, size)))
+                if counts[rows].any():
+                    share = experience.select(rows[dist.rank() :: dist.world_size()])
+                    shares.append(replace(share, pretraining=self.supervised_rows(number, size)))
+                number += 1
         return shares
 
     def supervised_rows(self, number: int, size: int) -> Tokens | None:
@@ -278,19 +287,6 @@ class OnlineCollector:
         batch = self.pretraining.batch(dealt[dist.rank() :: dist.world_size()])
         assert isinstance(batch, Tokens)
         return batch
-
-
-def agreed(work: Callable[[], T]) -> T:
-    """What `work` returns; where it fails on one rank for a reason to tell, every rank fails with that reason."""
-    result, error = None, None
-    try:
-        result = work()
-    except UserError as failed:
-        error = failed
-    for told in dist.gather_objects(error):
-        if told is not None:
-            raise error or told
-    return result  # type: ignore[return-value]
 
 
 def gathered(mine: Answers, pad_id: int) -> Answers:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.batch import Rollout
 from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
+from rlhf.errors import UserError
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.schema import LogBlock, SamplingBlock
 from rlhf.rewards.scorer import Scorer
@@ -18,6 +21,8 @@ from rlhf.run.stage import StageDir
 from rlhf.train.progress import Progress
 from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive
+
+logger = logging.getLogger("rlhf.samples")
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class SampleWriter:
         seeds = [derive(self.seed, "show", place) for place in range(len(self.prompts))]
         with self.engine.gathered() as policy:
             rollout = generate(policy, self.prompts, seeds, self.sampling, self.sampler)
-        scores = self.scorer(rollout).total.tolist() if self.scorer else [None] * len(seeds)
+        scores = self.scores(rollout)
         if not dist.is_main():
             return
         for example, answer, score in zip(self.prompts, rollout.texts, scores, strict=True):
@@ -51,6 +56,17 @@ class SampleWriter:
             append_jsonl(self.folder.samples, row if score is None else {**row, "score": score})
             if self.log.show_samples:
                 self.progress.show_sample(prompt, answer, score)
+
+    def scores(self, rollout: Rollout) -> list[float | None]:
+        """What the answers score; a reward that fails here is no reason to lose what was learned."""
+        if self.scorer is None:
+            return [None] * len(rollout)
+        try:
+            scores: list[float | None] = self.scorer(rollout).total.tolist()
+            return scores
+        except UserError as error:
+            logger.warning("samples are shown without scores: %s", error)
+            return [None] * len(rollout)
 
 
 def shown_prompts(log: LogBlock, data: Loaded, tokenizer: PreTrainedTokenizerFast) -> list[PromptExample]:

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.batch import Rollout
 from rlhf.data import chat
+from rlhf.engine import dist
 from rlhf.errors import CheckpointError, DataError
 from rlhf.models.build import max_positions
 from rlhf.models.load import read_config
@@ -56,7 +57,7 @@ def scorer(
             parts[name] = rule_part(_service(spec))
         else:
             parts[name] = rule_part(bind(RULES, spec))
-    return Scorer(parts, weights, step_parts)
+    return Scorer(parts, weights, step_parts, dist.agreed)
 
 
 def reads_alike(own: PreTrainedTokenizerFast, policy: PreTrainedTokenizerFast) -> bool:
@@ -109,17 +110,18 @@ def _model(
 ) -> Part:
     source, micro_batch = job.source(key, spec), job.micro_batch
     own = own_tokenizer(job, spec, key)
+    is_alike = reads_alike(own, tokenizer)
     if shared is not None and key in shared.scores:
-        part = model_part(shared.scores[key], micro_batch, shared.actor.device)
-    elif reads_alike(own, tokenizer):
-        engine = roles.score_engine(job, source, tokenizer, spec, name)
-        part = model_part(engine, micro_batch, engine.device)
+        score, engine = shared.scores[key], shared.actor
+    else:
+        score = engine = roles.score_engine(job, source, tokenizer if is_alike else own, spec, name)
+    if is_alike:
+        part = model_part(score, micro_batch, engine.device)
     else:
         template = own_template(own, key, source)
         logger.info("reward %s: answers are rendered again for its own tokenizer and template", name)
-        engine = roles.score_engine(job, source, own, spec, name)
         part = rendered_part(
-            engine,
+            score,
             lambda rollout: rendered(template, rollout),
             pad_id=own.pad_token_id,
             room=max_positions(engine.module.core.config),

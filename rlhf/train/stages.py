@@ -268,6 +268,7 @@ def to_stage(
         report=report,
         policy_starts=parts.policy_starts,
         target_kl=parts.target_kl,
+        measures_move=parts.state is not None and parts.state.penalty_beta is not None,
         averages=list(parts.averages.values()),
     )
 

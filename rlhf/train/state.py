@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf.algo.masked import Moments
+from rlhf.errors import UserError
 from rlhf.recipe.policy_options import PpoPenaltyLoss
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.train.alarms import Alarms
@@ -37,6 +40,16 @@ class OnlineState:
         total = Moments.from_sums(self.scores) + moments
         self.scores = {name: float(value) for name, value in total.sums().items()}
         return total
+
+    @contextmanager
+    def undone_on_error(self) -> Iterator[None]:
+        """Running statistics of a rollout that is refused inside are as if it had not been."""
+        before = self.scores, self.baseline
+        try:
+            yield
+        except UserError:
+            self.scores, self.baseline = before
+            raise
 
     def as_json(self) -> dict[str, Any]:
         """Plain numbers; NaN as null."""

@@ -66,6 +66,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     """Data, models, loop, publication."""
     recipe, folder = job.recipe, job.folder
     tokenizer, data = prepare(job)
+    base = adapter_base(job)  # now, while the parents are what they were checked to be
     parts = stages.assemble(job, tokenizer, data)
     first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
     with Progress(title(job), parts.steps, first_step, console) as progress:
@@ -78,7 +79,7 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
         )
         metrics = go_through(job, stage, first_step, progress, stop)
-    publish(job, parts, tokenizer)
+    publish(job, parts, tokenizer, base)
     log_key_metric(job, stage, metrics)
 
 
@@ -86,7 +87,7 @@ def label(job: Job, stop: StopRequest, console: Console) -> None:
     """Prompts, models, answers, pairs; no weight changes."""
     tokenizer, data = prepare(job)
     source = labelling.collector(job, tokenizer, data.train)
-    first_step = dist.from_main(labelling.go_on(source) if dist.is_main() else None)
+    first_step = dist.from_main(dist.agreed(lambda: labelling.go_on(source) if dist.is_main() else None))
     stage = labelling.to_stage(source, lambda done, name, value: heartbeat(job, source.steps, done, name, value))
     with Progress(title(job), source.steps, first_step, console) as progress:
         metrics = go_through(job, stage, first_step, progress, stop)
@@ -108,7 +109,7 @@ def prepare(job: Job) -> tuple[PreTrainedTokenizerFast, Loaded]:
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
     data = load_data(job, tokenizer, kind)
-    check_rewards(job, tokenizer, data.train)
+    dist.agreed(lambda: check_rewards(job, tokenizer, data.train))
     check_samples(job, tokenizer, data)
     facts = report_data(data)
     if dist.is_main():
@@ -167,8 +168,10 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
         job.folder.write_status(step=done, total_steps=steps, key_metric={"name": name, "value": value})
 
 
-def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Write the trained models as Hugging Face folders; the manifest comes last."""
+def publish(
+    job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None
+) -> None:
+    """Write the trained models as Hugging Face folders; the manifest comes last. base: what an adapter stands on."""
     statistics = parts.statistics() if parts.statistics is not None else None
     if statistics is not None:
         set_statistics(parts.published["model"][0].module.core.config, statistics)
@@ -195,7 +198,7 @@ def publish(job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast) -
             "dtype": job.recipe.model.dtype,
             "lora": job.recipe.model.lora is not None,
             **(statistics.facts() if statistics is not None else {}),
-            "adapter_base": adapter_base(job),
+            "adapter_base": base,
         }
         job.folder.publish(kind, facts, parts.steps)
     dist.barrier()
