@@ -151,7 +151,9 @@ def score_options(recipe: OnlineRecipe) -> Problems:
         also = ("sampling.max_new_tokens",)
         yield Problem("scores.overlong_buffer", what, "the penalty begins so many tokens before the limit", also)
     if scores.overlong_penalty != ScoresBlock.model_fields["overlong_penalty"].default and not scores.overlong_buffer:
-        what = f"expected scores.overlong_buffer beside it, found none, which makes {scores.overlong_penalty:g} nothing"
+        what = (
+            f"expected scores.overlong_buffer, without which this makes {scores.overlong_penalty:g} nothing, found none"
+        )
         yield Problem("scores.overlong_penalty", what, "set the buffer, or remove it", ("scores.overlong_buffer",))
     if scores.drop_unfinished and (scores.missing_eos_penalty or scores.missing_eos_score is not None):
         what = "expected no price on answers that are left out of the loss, found both"

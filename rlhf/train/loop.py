@@ -143,9 +143,9 @@ def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
                 totals[objective.group].add(found)
                 if index == 0 and objective is stage.objectives[0]:
                     stage.collector.guard(step, found.means())
-                if objective.group == "policy":
-                    updates, moved = updates + 1, found.means()["kl_old"]
-                    metrics["policy/kl_moved"] = moved
+                updates += objective.group == "policy"
+                if "kl_old" in found.values:
+                    metrics["policy/kl_moved"] = moved = found.means()["kl_old"]
             leader = group[0]
             rate = learning_rate(leader.optim, *update_number(stage, step, index, leader.group))
             norms[leader.group].append(engine.step(rate))

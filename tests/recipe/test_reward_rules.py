@@ -65,7 +65,8 @@ def test_what_is_allowed_stays_allowed(load: Callable[..., LoadedRecipe]) -> Non
     addresses = ("http://a", "https://a.b:8443/x/y?k=v", "http://[::1]:8000/score", "http://127.0.0.1:1/")
     kinds = ", ".join(f"{{kind: http, url: '{address}'}}" for address in addresses)
     lengths = "{kind: length}, {kind: length, weight: 2.0}"
-    load(f"{BASE}rewards: [{kinds}, {lengths}]\ntest_rewards: [{lengths}]\n", "grpo")
+    others = lengths.replace("length", "length, target: 9")
+    load(f"{BASE}rewards: [{kinds}, {lengths}]\ntest_rewards: [{others}]\n", "grpo")
     load(f"{BASE}test_rewards: [{{kind: model, path: b, statistics: center}}]\n", "ppo")
 
 

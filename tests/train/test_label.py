@@ -61,10 +61,12 @@ def test_every_two_answers_are_a_pair_or_have_a_reason(seed):
 
 
 def test_rows_are_paired_within_their_prompt():
-    def answer(row: int, text: str, score: float | None) -> dict:
-        return {"row": row, "prompt": [{"role": "user", "content": f"p{row}"}], "answer": text, "score": score}
+    def answer(row: int, text: str, score: float | None, finished: bool = True) -> dict:
+        prompt = [{"role": "user", "content": f"p{row}"}]
+        return {"row": row, "prompt": prompt, "answer": text, "score": score, "finished": finished}
 
     answers = [answer(5, "a", 1.0), answer(5, "b", 4.0), answer(9, "c", 7.0), answer(9, "d", 7.0)]
+    answers += [answer(11, "e", 1.0), answer(11, "f", 9.0, finished=False)]  # cut off: compared with nothing
     rows, left_out = pair_rows(answers, LabelBlock(answers=2))
     assert rows == [
         {
@@ -77,7 +79,7 @@ def test_rows_are_paired_within_their_prompt():
             "row": 5,
         }
     ]
-    assert left_out == {"ties": 1}
+    assert left_out == {"ties": 1, "unfinished": 1, "too_few_scored": 1}
 
 
 def test_no_score_is_no_number():

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from rlhf.batch import Rollout, Tokens
 from rlhf.data import order
 from rlhf.data.examples import PromptExample
+from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import DataError, RecipeError
 from rlhf.models.forward import PolicyModule, ScorerModule
@@ -23,7 +24,7 @@ from rlhf.recipe.schema import OptimBlock, SamplingBlock, ZeroBlock
 from rlhf.recipe.stages import GRPORecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train.experience import Answers, is_flat, to_experience
-from rlhf.train.online import OnlineCollector, agreed, greedy_sampling, join, widened
+from rlhf.train.online import OnlineCollector, greedy_sampling, join, widened
 from rlhf.train.reference import Reference
 from rlhf.train.rollout import Sampler
 from rlhf.train.seeding import derive
@@ -332,7 +333,7 @@ def test_an_error_of_one_rank_is_the_error_of_all(two_ranks):
                 return rank
 
             try:
-                told.append(str(agreed(work)))
+                told.append(str(dist.agreed(work)))
             except DataError as error:
                 told.append(error.what)
         return told
@@ -345,7 +346,7 @@ def test_an_error_of_one_rank_is_the_error_of_all(two_ranks):
 def test_each_rank_tells_its_own_error_where_both_fail(two_ranks):
     def body(rank: int) -> str:
         try:
-            agreed(lambda: (_ for _ in ()).throw(RecipeError(f"rank {rank}", where="here")))
+            dist.agreed(lambda: (_ for _ in ()).throw(RecipeError(f"rank {rank}", where="here")))
         except RecipeError as error:
             return error.what
         return ""
