@@ -105,7 +105,7 @@ def workplace(tmp_path_factory) -> Path:
         (folder / file).write_text(f"[{text}]" if file.endswith(".json") else f"{text}\n")
     (folder / "my_rewards.py").write_text(next(text for language, text in fences(README) if language == "python"))
     for task in TASKS:
-        for stage, kind in (("sft", "policy"), ("rm", "reward")):
+        for stage, kind in (("sft", "policy"), ("rm", "reward"), ("rm-test", "reward")):
             publish(RunDir(folder / "runs" / task), stage, kind)
     return folder
 
