@@ -91,8 +91,8 @@ def test_a_base_that_is_the_policys_start(folders, tokenizer, family, ragged):
     close(shared(ids, attention, role="critic", start=START), rm(ids, attention, START))
     sampling = SamplingBlock(temperature=0.7, top_k=9)
     for found, expected in zip(
-        shared(ids, attention, role="policy", start=START, sampling=sampling, with_entropy=True),
-        policy(ids, attention, START, sampling, with_entropy=True),
+        shared(ids, attention, role="policy", start=START, sampling=sampling, entropy="value"),
+        policy(ids, attention, START, sampling, entropy="value"),
         strict=True,
     ):
         close(found, expected)
