@@ -123,7 +123,7 @@ def tiny_recipes(data: Path, context: int = 128) -> dict[str, dict]:
         "label": {
             **sampled,
             "rewards": [{"kind": "model", "from": "rm"}],
-            "label": {"batch": 16, "rollout_batch": 16, "micro_batch": 4},
+            "label": {"batch": 16, "rollout_batch": 16, "micro_batch": 4, "unfinished": "keep"},
         },
     }
 

@@ -130,6 +130,9 @@ class LabelBlock(Block):
     min_margin: float = Field(
         0.0, ge=0, description="only answers whose scores differ by more than this make a pair; equal ones never do"
     )
+    unfinished: Literal["drop", "keep"] = Field(
+        "drop", description="answers that did not end by themselves: compared with nothing, or like others"
+    )
     batch: int = Field(
         256, ge=1, description="prompts per step, over all devices: sampled, scored and written together"
     )

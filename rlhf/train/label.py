@@ -84,9 +84,10 @@ def pair_rows(answers: Sequence[Row], label: LabelBlock) -> tuple[list[Row], Cou
         group = answers[start : start + label.answers]
         texts = [row["answer"] for row in group]
         # An answer that was cut off would be learned as one that ends there.
-        scores = [row["score"] if row["finished"] else None for row in group]
+        dropped = [label.unfinished == "drop" and not row["finished"] for row in group]
+        scores = [None if drop else row["score"] for row, drop in zip(group, dropped, strict=True)]
         pairs, reasons = compare(texts, scores, label)
-        left_out += reasons + Counter(unfinished=sum(not row["finished"] for row in group))
+        left_out += reasons + Counter(unfinished=sum(dropped))
         rows += [
             {
                 "prompt": group[0]["prompt"],
