@@ -258,7 +258,10 @@ CASES = {
             "whiten_rewards": True,
             "train.answers": 1,
             "train.prompts": 16,
-            "rewards": [{"kind": "function", "function": "CODE:score", "weight": 0.5, "timeout": 20.0}],
+            "rewards": [
+                {"kind": "function", "function": "CODE:score", "weight": 0.5, "timeout": 20.0},
+                {"kind": "demo_gold", "noise": 0.5, "seed": 3, "weight": 0.5},
+            ],
         },
         lambda rows: all(row["reward/unscored"] > 0 for row in rows),
     ),
@@ -329,6 +332,7 @@ CASES = {
 RATHER = "covered where it belongs: "
 NOT_HERE = {  # what has no case, as regular expressions over keys, and why
     r"(model|reference|critic|rewards\.0)\.revision|data\.(name|split|data_dir|revision)": "names of the hub",
+    r"data\.from": "what a label stage makes is pairs: tests/test_label.py",
     r"data\.pair_labels": "pairs are no prompts and no rows of a language model: tests/data/test_formats.py",
     r"data\.eval(_rows)?": "on-policy stages evaluate on nothing; other stages do in tests/test_pipeline.py",
     r"model\.(lora\.|init\.)?dropout": "must stay off outside of sft: tests/recipe/test_check.py",
