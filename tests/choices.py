@@ -49,6 +49,7 @@ CASES = {
             "value_loss": {"name": "ppo_value", "clip": 0.3},
             "whiten_rewards": True,
             "whiten_advantages": False,
+            "scores.missing_eos_penalty": 0.5,
         },
         changes("kl/coef"),
     ),
@@ -93,7 +94,6 @@ CASES = {
             "scores": {
                 "normalise": "running",
                 "clip": 2.0,
-                "missing_eos_penalty": 0.5,
                 "length_penalty": 0.01,
                 "overlong_buffer": 4,
                 "overlong_penalty": 0.5,
