@@ -86,10 +86,39 @@ class PairLogprobs(Rows):
 
     chosen: Tensor  # (B,)
     rejected: Tensor  # (B,)
-    ref_chosen: Tensor  # (B,)
-    ref_rejected: Tensor  # (B,)
+    ref_chosen: Tensor | None  # (B,), None for losses that compare with no reference
+    ref_rejected: Tensor | None
     chosen_len: Tensor  # (B,) answer tokens
     rejected_len: Tensor  # (B,)
+
+
+@dataclass(frozen=True)
+class AnswerLogprobs(Rows):
+    """Sequence log-probs of single answers that are known to be good or bad, or that have a score."""
+
+    logprobs: Tensor  # (B,)
+    ref_logprobs: Tensor | None  # (B,)
+    length: Tensor  # (B,) answer tokens
+    is_good: Tensor  # (B,) bool
+
+
+@dataclass(frozen=True)
+class ListLogprobs(Rows):
+    """Sequence log-probs of up to K scored answers to each prompt; the numbers of absent ones mean nothing."""
+
+    logprobs: Tensor  # (B, K)
+    ref_logprobs: Tensor | None  # (B, K)
+    length: Tensor  # (B, K) answer tokens
+    scores: Tensor  # (B, K) higher is better
+    present: Tensor  # (B, K) bool
+
+
+@dataclass(frozen=True)
+class TokenLogprobs(Rows):
+    """Log-probs of every answer token of one side."""
+
+    logprobs: Tensor  # (B, R)
+    mask: Tensor  # (B, R) bool
 
 
 @dataclass(frozen=True)

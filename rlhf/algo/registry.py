@@ -5,9 +5,31 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What is true of a preference loss beside its formula: for the trainer, the contract tests and the docs.
+
+    reference: it compares with a reference policy. average, scale: its implicit reward is the log-ratio (without a
+    reference: the log-prob), per token or summed, times the option of this name (None: times 1).
+    at_reference: options -> its value where policy and reference agree, lengths and labels being equal; None: not fixed.
+    signs: whose gradient never has the wrong sign (<= 0 on a chosen answer, >= 0 on a rejected one).
+    invariant: the same constant added to policy and reference of a row changes nothing.
+    unbounded: it has no smallest value. couple: what it needs of the whole batch, see `coupling.py`; not of a row alone.
+    """
+
+    reference: bool = True
+    average: bool = False
+    scale: str | None = "beta"
+    at_reference: Callable[..., float] | None = None
+    signs: Literal["both", "chosen", "rejected", "none"] = "both"
+    invariant: bool = True
+    unbounded: bool = False
+    couple: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -19,6 +41,7 @@ class Entry:
     paper: str
     summary: str
     inputs: tuple[str, ...]  # names of the positional parameters: what a caller must have; the others are options
+    traits: Traits = Traits()
 
 
 class Registry:
@@ -28,7 +51,7 @@ class Registry:
         self.kind = kind
         self._entries: dict[str, Entry] = {}
 
-    def register(self, name: str, *, paper: str) -> Callable[[F], F]:
+    def register(self, name: str, *, paper: str, traits: Traits = Traits()) -> Callable[[F], F]:  # noqa: B008
         """Decorator: enter the function under `name`. `paper` says where the formula is from, with its equation."""
 
         def enter(function: F) -> F:
@@ -39,7 +62,7 @@ class Registry:
             summary = (function.__doc__ or "").strip().splitlines()[0]
             parameters = inspect.signature(function).parameters.values()
             inputs = tuple(each.name for each in parameters if each.kind is not inspect.Parameter.KEYWORD_ONLY)
-            self._entries[name] = Entry(name, function, paper, summary, inputs)
+            self._entries[name] = Entry(name, function, paper, summary, inputs, traits)
             return function
 
         return enter
