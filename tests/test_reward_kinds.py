@@ -217,10 +217,10 @@ def test_rewards_of_all_kinds_on_one_rank_and_on_two(cli, tiny, other, code):
 def test_statistics_are_taken_over_all_ranks(tiny, few):
     file, rows = few  # 9 pairs: one rank scores a row more than the other
     held_out = f"data={{path: {tiny.data / 'pairs.jsonl'}, eval: {{path: {file}}}, max_length: 96}}"
-    done = tiny.launched("rm", "--name", "rm-2", "--set", held_out, "--set", "zero.stage=3")
+    done = tiny.launched("rm", "--name", "rm-ranks", "--set", held_out, "--set", "zero.stage=3")
     assert done.code == 0, done.err
-    expected = recomputed(tiny.root / "rm-2" / "model", rows)
-    assert published(tiny.root, "rm-2") == pytest.approx(expected, abs=1e-5)
+    expected = recomputed(tiny.root / "rm-ranks" / "model", rows)
+    assert published(tiny.root, "rm-ranks") == pytest.approx(expected, abs=1e-5)
 
 
 def test_a_function_that_takes_too_long_ends_the_run(cli, tiny, code):

@@ -29,6 +29,11 @@ def members(session_of: str) -> dict[int, dict[str, str]]:
     return found
 
 
+def ranks(session_of: str) -> dict[str, int]:
+    """RANK -> pid of the processes whose command line has these words."""
+    return {env["RANK"]: pid for pid, env in members(session_of).items() if "RANK" in env}
+
+
 @contextmanager
 def started(tiny, stage: str, name: str, *options: str) -> Iterator[subprocess.Popen]:
     """A stage on two ranks that the test acts on; whatever happens, nothing is left of it."""
@@ -68,8 +73,8 @@ def test_an_error_of_all_ranks_is_told_once(tiny):
 def test_a_killed_rank_is_named_and_nothing_is_left(tiny):
     with started(tiny, "sft", "killed", "--set", "train.steps=100000") as process:
         until(process, (tiny.root / "killed" / "metrics.jsonl").exists)
-        ranks = {env["RANK"]: pid for pid, env in members("--name\0killed").items() if "RANK" in env}
-        os.kill(ranks["1"], signal.SIGKILL)
+        until(process, lambda: "1" in ranks("--name\0killed"))
+        os.kill(ranks("--name\0killed")["1"], signal.SIGKILL)
         out, err = process.communicate(timeout=60)
         assert process.returncode == 10 and out == ""
         assert "rank 1 was killed (SIGKILL, often for want of memory)" in err and "log.txt" in err
