@@ -82,9 +82,9 @@ def test_a_label_stage_leaves_what_the_run_directory_promises(labelled, cold_cli
 
 def test_an_interrupted_label_stage_resumes_to_the_same_bytes(labelled, cli):
     """Killed in the middle of a step: the answers are cut back to whole steps."""
-    words = [str(word) for word in labelled.command("label", "--name", "killed")]
+    words = [str(word) for word in labelled.command("label", "--name", "label-killed")]
     process = subprocess.Popen([sys.executable, "-m", "rlhf", *words], cwd=ROOT, env=environment())
-    folder = labelled.root / "killed"
+    folder = labelled.root / "label-killed"
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
         if (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_text():
@@ -96,10 +96,10 @@ def test_an_interrupted_label_stage_resumes_to_the_same_bytes(labelled, cli):
     first = content(labelled, "label")[0]
     assert first.startswith(answers) and len(answers) < len(first)
     (folder / "answers.jsonl").write_bytes(answers + b'{"row": 1, "ans')  # a line that the crash cut short
-    done = cli(*labelled.command("label", "--name", "killed"))
+    done = cli(*labelled.command("label", "--name", "label-killed"))
     assert done.code == 0, done.err
-    assert content(labelled, "killed") == content(labelled, "label")
-    assert comparable(labelled.rows("killed")) == comparable(labelled.rows("label"))
+    assert content(labelled, "label-killed") == content(labelled, "label")
+    assert comparable(labelled.rows("label-killed")) == comparable(labelled.rows("label"))
 
 
 def environment() -> dict[str, str]:
@@ -110,10 +110,10 @@ def environment() -> dict[str, str]:
 def test_two_ranks_write_the_same_bytes_as_one(labelled):
     """Also where the policy and the reward model are sharded, and in a last step that is not full."""
     sharded = ["--set", "zero.stage=3", "--set", "rewards.0.zero.stage=3"]
-    done = labelled.launched("label", "--name", "two", *sharded)
+    done = labelled.launched("label", "--name", "label-two", *sharded)
     assert done.code == 0, done.err
-    assert content(labelled, "two") == content(labelled, "label")
-    assert comparable(labelled.rows("two")) == comparable(labelled.rows("label"))
+    assert content(labelled, "label-two") == content(labelled, "label")
+    assert comparable(labelled.rows("label-two")) == comparable(labelled.rows("label"))
 
 
 # --- what is trained on it --------------------------------------------------------------------------------------------
