@@ -59,6 +59,8 @@ class Task:
     name: str
     stage: str
     after: tuple[str, ...]  # stages of the same run
+    recipe: str = ""  # default: named after the stage folder
+    settings: tuple[str, ...] = ()  # KEY=VALUE
 
     @property
     def folder(self) -> Path:
@@ -67,8 +69,11 @@ class Task:
 
     def command(self, recipes: Path) -> list[str]:
         """The command that runs it; its seed is in the name of the run directory."""
-        words = [self.stage, str(recipes / f"{self.name}.yaml"), "--run", str(self.run), "--name", self.name]
-        return [sys.executable, "-m", "rlhf", *words, "--set", f"train.seed={seed_of(self.run)}"]
+        recipe = recipes / f"{self.recipe or self.name}.yaml"
+        words = [self.stage, str(recipe), "--run", str(self.run), "--name", self.name]
+        seed = "label.seed" if self.stage == "label" else "train.seed"
+        settings = [f"{seed}={seed_of(self.run)}", *self.settings]
+        return [sys.executable, "-m", "rlhf", *words, *(word for each in settings for word in ("--set", each))]
 
 
 def tasks_of(runs: Path, seeds: Sequence[int], names: Sequence[str]) -> list[Task]:

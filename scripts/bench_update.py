@@ -25,7 +25,8 @@ from rlhf.models.forward import PolicyModule
 from rlhf.models.tokenizer import train_tokenizer
 from rlhf.recipe.options import DpoLoss
 from rlhf.recipe.schema import InitBlock, OptimBlock, ZeroBlock
-from rlhf.train.objectives import Objective, PreferenceObjective, SFTObjective
+from rlhf.train.objectives import Objective, SFTObjective
+from rlhf.train.preference import Policy, PreferenceObjective
 
 INIT = InitBlock(hidden=256, layers=6, heads=8, kv_heads=4, ffn=1024, vocab=4096, context=512, tied=False)
 
@@ -56,7 +57,7 @@ def textbook_sft(model: torch.nn.Module, tokens: Tokens) -> Tensor:
 def textbook_dpo(model: torch.nn.Module, pairs: Pairs) -> Tensor:
     """Sigmoid DPO with given reference sums."""
     chosen, rejected = (textbook_logprobs(model, side).sum(-1) for side in (pairs.chosen, pairs.rejected))
-    margins = (chosen - pairs.ref_chosen) - (rejected - pairs.ref_rejected)
+    margins = (chosen - pairs.ref[:, 0]) - (rejected - pairs.ref[:, 1])
     return -torch.nn.functional.logsigmoid(0.1 * margins).mean()
 
 
@@ -113,7 +114,7 @@ def main() -> None:
     setup = Setup("fp32", "sdpa", None, gradient_checkpointing=False, dropout=False, trained=True, seed=0)
     batch = ragged(16, 1)
     pairs = Pairs(ragged(8, 2), ragged(8, 3), torch.zeros(8))
-    pairs = replace(pairs, ref_chosen=torch.zeros(8), ref_rejected=torch.zeros(8))
+    pairs = replace(pairs, ref=torch.zeros(8, 2))
     optim = OptimBlock()
     for name in ("sft", "dpo"):
         engine = Engine(PolicyModule(build_policy(INIT, tokenizer, setup)), ZeroBlock(), bf16=False, optim=optim)
@@ -126,7 +127,7 @@ def main() -> None:
             tokens = int(batch.attention.sum())
         else:
             sides = {
-                "ours": ours(PreferenceObjective.from_block(engine, optim, DpoLoss()), pairs),
+                "ours": ours(PreferenceObjective.of(Policy(engine), optim, DpoLoss()), pairs),
                 "textbook": textbook(model, textbook_dpo, pairs),
             }
             tokens = int(pairs.chosen.attention.sum() + pairs.rejected.attention.sum())

@@ -43,10 +43,10 @@ LATER_RANK_S = 5.0
 REFUSALS = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG)
 STAGES = {
     "sft": "Supervised fine-tuning on completions.",
-    "rm": "Reward model on preference pairs.",
+    "rm": "Reward model on preference pairs or lists.",
     "ppo": "PPO with a critic against a reward.",
     "grpo": "GRPO: groups of answers instead of a critic.",
-    "dpo": "DPO and its family on preference pairs.",
+    "dpo": "DPO and its family, on pairs, single labelled answers or lists.",
     "label": "Preference pairs from a policy: answers sampled, scored and compared.",
 }
 
@@ -128,6 +128,13 @@ def show(
     from rlhf.cli.inspect import show_data
 
     show_data(recipe, stage, run, set_, count)
+
+
+@app.command(help="Every loss of rlhf dpo and rlhf rm: paper, rows, what it needs, default options.")
+def losses(as_json: JsonOption = False) -> None:
+    from rlhf.cli.losses import show_losses
+
+    show_losses(as_json=as_json)
 
 
 @app.command(help="What a recipe key means: type, default, range.")

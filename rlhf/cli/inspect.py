@@ -60,19 +60,20 @@ def _row(stage: StageSummary) -> list[str]:
 def show_data(path: Path, stage: str | None, run: Path | None, overrides: list[str], count: int) -> None:
     """Tokens of the first rows, coloured by what is trained."""
     from rlhf.cli.prepare import prepare
-    from rlhf.train.job import DATA_KIND
+    from rlhf.train.job import data_kind
 
     stage = stage or path.stem
-    if stage not in DATA_KIND:
+    if stage not in RECIPES:
         raise RecipeError(
             f"expected a recipe named after its stage, found {path.name}",
             where=str(path),
-            fix=f"Say which it is: --stage {' | '.join(DATA_KIND)}",
+            fix=f"Say which it is: --stage {' | '.join(RECIPES)}",
         )
     job, _ = prepare(stage, path, RunDir(run or Path("runs/show")), overrides=overrides, allowed_code=[])
     from rlhf.data.show import show
     from rlhf.train.tokenizers import find_tokenizer
 
-    tokenizer = find_tokenizer(job, DATA_KIND[stage])
-    for part in show(job.recipe.data, tokenizer, DATA_KIND[stage], count, max_new_tokens=job.new_tokens()):
+    kind = data_kind(job.recipe)
+    tokenizer = find_tokenizer(job, kind)
+    for part in show(job.recipe.data, tokenizer, kind, count, max_new_tokens=job.new_tokens()):
         out.print(part)

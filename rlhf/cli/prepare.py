@@ -117,7 +117,7 @@ def check_data(recipe: Recipe, stage: str) -> dict[str, str]:
     from rlhf.data.sources import all_sources, check_sources, fingerprint  # imports datasets only where it must
 
     found = {}
-    for data, kind in data_kinds(stage, recipe):
+    for data, kind in data_kinds(recipe):
         sources = dict(all_sources(data))
         found |= {fact.key: fingerprint(sources[fact.key], fact.located) for fact in check_sources(data, kind)}
     return found
@@ -127,5 +127,5 @@ def check_rows(job: Job) -> None:
     """Read every local row once: a bad one is told here, not after models were loaded or ranks started."""
     from rlhf.data.records import check_records
 
-    for data, kind in data_kinds(job.stage, job.recipe):
+    for data, kind in data_kinds(job.recipe):
         check_records(data, kind)

@@ -16,8 +16,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from rlhf.algo.kl import token_forward_kl
 from rlhf.algo.logprobs import entropy as distribution_entropy
-from rlhf.algo.logprobs import scale_logits, token_logprobs, truncate_logits
+from rlhf.algo.logprobs import scale_logits, token_contrast, token_logprobs, truncate_logits
 from rlhf.errors import CheckpointError
 from rlhf.recipe.schema import SamplingBlock
 
@@ -73,24 +74,37 @@ class PolicyModule(RoleModule):
         start: int,
         sampling: SamplingBlock = UNCHANGED,
         entropy: Literal["none", "value", "gradient"] = "none",
-    ) -> Tensor | tuple[Tensor, Tensor]:
+        ref_distribution: Tensor | None = None,
+        contrast: int = 0,
+        whole: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
         """Log-probs of ids[:, start:] under `sampling`'s distribution, (B, T - start) float32, in nats.
 
         ids, attention: (B, T). Only the positions that predict these tokens enter the head. Where the attention is 0
-        the numbers are finite and mean nothing. entropy: also that of each of these distributions, of the same shape,
-        without or with gradient.
+        the numbers are finite and mean nothing. Behind the log-probs, of the same shape and in this order, what is asked
+        for of every position:
+        entropy: of its distribution, without or with gradient.
+        ref_distribution: a reference's log-probs (B, T - start, V): KL(reference || policy).
+        contrast: the CRINGE loss of its token against this many others, see `token_contrast`.
+        whole: instead of all this, the log-probs of every token of the vocabulary, (B, T - start, V).
         """
         length = ids.shape[1]
         assert 1 <= start < length, f"start: expected 1..{length - 1}, found {start}"
         positions = torch.arange(start - 1, length - 1, device=ids.device)
         logits = self.core(**self.inputs(ids, attention), use_cache=False, logits_to_keep=positions).logits  # (B, R, V)
+        if whole:
+            return logits.float().log_softmax(-1)
         cut = {"top_k": sampling.top_k, "top_p": sampling.top_p}
-        logprobs = token_logprobs(logits, ids[:, start:], temperature=sampling.temperature, **cut)
-        if entropy == "none":
-            return logprobs
-        with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
-            scaled = scale_logits(logits, temperature=sampling.temperature)
-            return logprobs, distribution_entropy(truncate_logits(scaled, **cut))
+        found = [token_logprobs(logits, ids[:, start:], temperature=sampling.temperature, **cut)]
+        if entropy != "none":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
+                scaled = scale_logits(logits, temperature=sampling.temperature)
+                found.append(distribution_entropy(truncate_logits(scaled, **cut)))
+        if ref_distribution is not None:
+            found.append(token_forward_kl(ref_distribution, logits.float().log_softmax(-1)))
+        if contrast:
+            found.append(token_contrast(logits, ids[:, start:], k=contrast))
+        return found[0] if len(found) == 1 else tuple(found)
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:

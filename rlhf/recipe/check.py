@@ -22,6 +22,7 @@ from rlhf.recipe.data_rules import (
 )
 from rlhf.recipe.label_rules import devices_share_answers, only_asked
 from rlhf.recipe.policy_rules import POLICY_RULES
+from rlhf.recipe.preference_rules import PREFERENCE_RULES, learns_value
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FunctionReward, ModelReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards, reward_options
@@ -81,7 +82,8 @@ def init_context(recipe: Recipe) -> Problems:
 def init_reference(recipe: PreferenceRecipe) -> Problems:
     """Preference learning starts from a trained policy: a random one would be its own reference."""
     reference = recipe.reference
-    if recipe.model.init is not None and not (reference.from_ or reference.path):
+    compares = any(block.reference for block in (recipe.loss, *recipe.further_losses))
+    if compares and recipe.model.init is not None and not (reference.from_ or reference.path):
         what = "expected a trained model, found one from scratch: the reference would be random"
         yield Problem("model.init", what, "write model: {from: sft}, or name a reference")
 
@@ -120,6 +122,8 @@ def _roles(recipe: Recipe) -> Iterator[tuple[str, ModelRef, bool]]:
         yield "reference", recipe.reference, True
     if isinstance(recipe, PPORecipe):
         yield "critic", recipe.critic, False
+    if isinstance(recipe, PreferenceRecipe):
+        yield "critic", recipe.critic, True
     for key, reward in named_rewards(recipe):
         if isinstance(reward, ModelReward):
             yield key, reward, False
@@ -165,7 +169,7 @@ def zero_of_roles(recipe: Recipe) -> Problems:
         yield from frozen_zero("zero", recipe.zero)
     else:
         yield from trained_zero("zero", recipe.zero, recipe.model.dtype)
-    if isinstance(recipe, PPORecipe):
+    if isinstance(recipe, PPORecipe) or (isinstance(recipe, PreferenceRecipe) and learns_value(recipe)):
         yield from trained_zero("critic.zero", recipe.critic.zero, recipe.model.dtype)
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
         yield from frozen_zero("reference.zero", recipe.reference.zero)
@@ -289,7 +293,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "rm": (*COMMON, no_dropout, eval_data),
     "ppo": ONLINE,
     "grpo": ONLINE,
-    "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts),
+    "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts, *PREFERENCE_RULES),
     "label": (*COMMON, only_asked, room_for_prompts, stop_texts, reward_options),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {

@@ -67,6 +67,13 @@ class CriticBlock(ModelRef, OptimBlock):
         return values
 
 
+class PromptCriticBlock(ModelRef, OptimBlock):
+    """The value model of dro_v: without a source it starts from the policy's model, with a new head."""
+
+    lr: float = Field(1e-5, gt=0, description="peak learning rate of the value model")
+    zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the value model")
+
+
 class PreferenceTrainBlock(TrainBlock):
     """Offline training, with a learning rate for preference losses."""
 
@@ -179,10 +186,14 @@ class RewardRecipe(LearningRecipe):
 
 
 class PreferenceRecipe(LearningRecipe):
-    """DPO and its family on preference pairs."""
+    """DPO and its family: losses on pairs, on single labelled answers, or on lists of scored answers."""
 
     loss: PreferenceLoss = Field(DpoLoss(), description="the loss and its options")
+    further_losses: list[PreferenceLoss] = Field(
+        [], description="losses on the same rows, added with their weights, e.g. [{name: preferred_ft, weight: 0.1}]"
+    )
     reference: ReferenceBlock = Field(ReferenceBlock(), description="the frozen reference policy")
+    critic: PromptCriticBlock = Field(PromptCriticBlock(), description="dro_v: the value model and its optimisation")
     train: PreferenceTrainBlock = Field(PreferenceTrainBlock(), description="optimisation")
     eval: EvalBlock = Field(EvalBlock(), description="held-out loss and accuracy while training")
     sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")

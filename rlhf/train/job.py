@@ -16,21 +16,15 @@ from rlhf.recipe.stages import (
     PPORecipe,
     PreferenceRecipe,
     Recipe,
+    RewardRecipe,
     ScoringRecipe,
+    SFTRecipe,
     data_blocks,
 )
 from rlhf.run.lineage import Parent
 from rlhf.run.stage import StageDir
 
-Kind = Literal["tokens", "pairs", "prompts"]
-DATA_KIND: dict[str, Kind] = {
-    "sft": "tokens",
-    "rm": "pairs",
-    "dpo": "pairs",
-    "ppo": "prompts",
-    "grpo": "prompts",
-    "label": "prompts",
-}
+Kind = Literal["tokens", "pairs", "answers", "lists", "prompts"]
 POLICY, SCORER, LABELLED = ("policy",), ("reward", "value"), ("data",)
 
 
@@ -39,7 +33,7 @@ def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tupl
     yield "model", recipe.model, (*POLICY, "reward") if stage == "rm" else POLICY
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
         yield "reference", recipe.reference, POLICY
-    if isinstance(recipe, PPORecipe):
+    if isinstance(recipe, (PPORecipe, PreferenceRecipe)):
         yield "critic", recipe.critic, (*SCORER, *POLICY)
     for key, reward in named_rewards(recipe):
         if isinstance(reward, ModelReward):
@@ -54,9 +48,16 @@ def same_tokens_fix(key: str, model: ModelRef) -> str:
     return "The policies are compared token by token: start both from the same SFT stage, model: {from: sft}."
 
 
-def data_kinds(stage: str, recipe: Recipe) -> list[tuple[DataBlock, Kind]]:
+def data_kind(recipe: Recipe) -> Kind:
+    """What a stage makes of its rows: where it has a choice of losses, the loss says."""
+    if isinstance(recipe, (RewardRecipe, PreferenceRecipe)):
+        return recipe.loss.rows
+    return "tokens" if isinstance(recipe, SFTRecipe) else "prompts"
+
+
+def data_kinds(recipe: Recipe) -> list[tuple[DataBlock, Kind]]:
     """The datasets of a recipe, with what the stage reads from each."""
-    return [(data, DATA_KIND[stage] if data is recipe.data else "tokens") for data in data_blocks(recipe)]
+    return [(data, data_kind(recipe) if data is recipe.data else "tokens") for data in data_blocks(recipe)]
 
 
 def data_refs(recipe: Recipe) -> Iterator[tuple[str, SourceBlock]]:

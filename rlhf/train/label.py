@@ -35,7 +35,7 @@ from rlhf.train.job import Job
 from rlhf.train.loop import Collected, Stage
 from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive
-from rlhf.train.stages import sampler
+from rlhf.train.parts import sampler
 
 logger = logging.getLogger("rlhf.label")
 Row = dict[str, Any]

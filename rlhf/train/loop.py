@@ -191,11 +191,13 @@ def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: R
     """Add an objective's gradient of a whole minibatch. Returns its metrics over all ranks."""
     meter = Meter()
     counts = dist.sum_over_ranks(objective.counts(minibatch))
-    check_counts(counts, step, index)
+    may_be_empty = objective.optional
+    check_counts({name: count for name, count in counts.items() if name not in may_be_empty}, step, index)
     meter.add_counts(counts)
+    divisors = {name: count or 1.0 for name, count in counts.items()}  # the sum over nothing is 0
     for micro in minibatch.split(stage.micro_batch):  # equally many on every rank
         loss = objective.loss(micro)
-        objective.engine.backward(loss, counts)
+        objective.engine.backward(loss, divisors)
         meter.add(loss.metrics)
     return meter.reduce()
 

@@ -64,8 +64,8 @@ class Totals:
             self.values[name] = (before[0] + total, before[1] + count)
 
     def means(self) -> dict[str, float]:
-        """Every sum over its denominator."""
-        return {name: total / count for name, (total, count) in self.values.items()}
+        """Every sum over its denominator; what was counted nowhere has no mean."""
+        return {name: total / count for name, (total, count) in self.values.items() if count}
 
 
 class MetricsLog:

@@ -18,12 +18,11 @@ from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.masked import masked_sum
 from rlhf.algo.policy import POLICY_LOSSES
-from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
 from rlhf.algo.registry import Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
 from rlhf.algo.sft import sft
 from rlhf.algo.value import VALUE_LOSSES
-from rlhf.batch import Experience, Loss, PairLogprobs, Pairs, Tokens
+from rlhf.batch import Experience, Loss, Pairs, Tokens
 from rlhf.engine.engine import Engine
 from rlhf.recipe.schema import Block, OptimBlock, SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe
@@ -34,6 +33,7 @@ class Objective(Protocol):
     """One trained engine and the loss it minimises."""
 
     group: ClassVar[str]
+    optional: ClassVar[frozenset[str]]  # denominators that a minibatch may have none of
     engine: Engine
     optim: OptimBlock
 
@@ -56,6 +56,7 @@ def bind(registry: Registry, block: Block) -> Callable[..., Any]:
 class SFTObjective:
     """Negative log-likelihood of the supervised tokens, averaged over the tokens of the global batch."""
 
+    optional: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str] = "train"
     engine: Engine
     optim: OptimBlock
@@ -80,6 +81,7 @@ def supervised_nll(engine: Engine, micro: Tokens) -> tuple[Tensor, Tensor]:
 class RewardObjective:
     """A pairwise loss on the scores of both answers, averaged over pairs."""
 
+    optional: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str] = "train"
     engine: Engine
     optim: OptimBlock
@@ -107,50 +109,10 @@ class RewardObjective:
 
 
 @dataclass(frozen=True)
-class PreferenceObjective:
-    """A preference loss on summed answer log-probs of policy and reference, averaged over pairs."""
-
-    group: ClassVar[str] = "train"
-    engine: Engine
-    optim: OptimBlock
-    pair_loss: Callable[[PairLogprobs], Tensor]
-    beta: float
-
-    @classmethod
-    def from_block(cls, engine: Engine, optim: OptimBlock, block: Any) -> PreferenceObjective:
-        return cls(engine, optim, bind(PREFERENCE_LOSSES, block), block.beta)
-
-    def counts(self, batch: Pairs) -> dict[str, Tensor]:
-        return {"pairs": torch.tensor(len(batch))}
-
-    def loss(self, micro: Pairs) -> Loss:
-        assert micro.ref_chosen is not None and micro.ref_rejected is not None, "reference log-probs are missing"
-        both = trim(join(micro)).to(self.engine.device)
-        chosen, rejected = answer_logprobs(self.engine, both).chunk(2)
-        lengths = both.mask.sum(-1).to(chosen.dtype).chunk(2)
-        pairs = PairLogprobs(
-            chosen, rejected, micro.ref_chosen.to(chosen), micro.ref_rejected.to(chosen), lengths[0], lengths[1]
-        )
-        total = self.pair_loss(pairs).sum()
-        reward_chosen, reward_rejected = implicit_rewards(pairs, beta=self.beta)
-        metrics = {
-            "loss": total,
-            "accuracy": (reward_chosen > reward_rejected).sum(),
-            "margin": (reward_chosen - reward_rejected).sum(),
-            "reward_chosen": reward_chosen.sum(),
-            "reward_rejected": reward_rejected.sum(),
-            "logprobs_chosen": chosen.sum(),
-            "logprobs_rejected": rejected.sum(),
-            "chosen_displaced": (chosen < pairs.ref_chosen).sum(),
-            "reference_gap": ((chosen - pairs.ref_chosen).abs() / lengths[0]).sum(),
-        }
-        return Loss({"pairs": (total, "pairs", 1.0)}, {name: (value, "pairs") for name, value in metrics.items()})
-
-
-@dataclass(frozen=True)
 class PolicyObjective:
     """A policy-gradient loss on fresh samples; the KL to the reference and the entropy are optional further terms."""
 
+    optional: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str] = "policy"
     engine: Engine
     optim: OptimBlock
@@ -225,6 +187,7 @@ class PretrainingObjective:
     Its gradient is added to the policy's before their common step. The rows have a forward pass of their own.
     """
 
+    optional: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str] = "ptx"
     engine: Engine
     optim: OptimBlock
@@ -244,6 +207,7 @@ class PretrainingObjective:
 class ValueObjective:
     """The critic's clipped squared error, averaged over the response tokens of the global minibatch."""
 
+    optional: ClassVar[frozenset[str]] = frozenset()
     group: ClassVar[str] = "value"
     engine: Engine
     optim: OptimBlock

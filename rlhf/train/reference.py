@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.batch import Pairs
+from rlhf.batch import Answers, Lists, Pairs
 from rlhf.data import chat
-from rlhf.data.examples import PairExample
+from rlhf.data.examples import AnswerExample, ListExample, PairExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.recipe.stages import PreferenceRecipe
@@ -52,23 +53,47 @@ class Reference:
         return self.engine.device
 
 
-def pair_logprobs(reference: Reference, data: Dataset, micro_batch: int) -> tuple[Tensor, Tensor]:
-    """Summed reference log-probs of all chosen and all rejected answers, (n,) each, on every rank."""
-    found = torch.zeros(2, len(data), dtype=torch.float64)
+def logprobs_of_rows(reference: Reference, data: Dataset, columns: int, micro_batch: int) -> Tensor:
+    """Summed reference log-probs of every answer of every row, (n, columns), on every rank.
+
+    columns: 2 of pairs, 1 of answers (2 with a mismatched one), the longest list's number of lists. Rows of like length
+    go together.
+    """
+    by_length = sorted(range(len(data)), key=lambda row: -data.lengths[row])
+    found = torch.zeros(len(data), columns, dtype=torch.float64)
     with reference.engine.evaluating():
-        for rows, is_real in even_batches(len(data), micro_batch, dist.rank(), dist.world_size()):
-            pairs = data.batch(rows)
-            assert isinstance(pairs, Pairs)
-            both = trim(join(pairs)).to(reference.device)
-            sums = answer_logprobs(reference, both).double().cpu().view(2, -1)
+        for places, is_real in even_batches(len(data), micro_batch, dist.rank(), dist.world_size()):
+            rows = [by_length[place] for place in places]
+            sums = _columns(reference, data.batch(rows)).double().cpu()
             if is_real:
-                found[:, rows] = sums
+                found[rows, : sums.shape[1]] = sums
     # Every row was filled by one rank and is zero elsewhere.
-    total = dist.gather_rows(found[None]).sum(0).float()
-    return total[0], total[1]
+    return dist.gather_rows(found[None]).sum(0).float()
 
 
-def reference_key(job: Job, tokenizer: PreTrainedTokenizerFast, examples: list[PairExample]) -> list[str]:
+def _columns(reference: Reference, batch: Any) -> Tensor:
+    """Log-prob sums of a batch's answers, one row each."""
+
+    def ask(tokens: Any) -> Tensor:
+        return answer_logprobs(reference, trim(tokens).to(reference.device))
+
+    if isinstance(batch, Pairs):
+        return torch.stack(ask(join(batch)).chunk(2), dim=-1)
+    if isinstance(batch, Answers):
+        sides = [batch.tokens] if batch.mismatched is None else [batch.tokens, batch.mismatched]
+        return torch.stack([ask(side) for side in sides], dim=-1)
+    assert isinstance(batch, Lists)
+    sums = ask(batch.answers())
+    present = batch.present.to(sums.device)
+    return sums.new_zeros(present.shape).masked_scatter(present, sums)
+
+
+def reference_key(
+    job: Job,
+    tokenizer: PreTrainedTokenizerFast,
+    examples: Sequence[PairExample | AnswerExample | ListExample],
+    partners: Sequence[int],
+) -> list[str]:
     """Hashes of everything that the reference's log-probs depend on: its weights, its type, and every token."""
     recipe = job.recipe
     assert isinstance(recipe, PreferenceRecipe)
@@ -77,37 +102,40 @@ def reference_key(job: Job, tokenizer: PreTrainedTokenizerFast, examples: list[P
     weights = job.parents[named].content_hash if named in job.parents else f"{ref.path}@{ref.revision}"
     digest = hashlib.sha256()
     for example in examples:
-        for part in (example.prompt_ids, example.chosen_ids, example.rejected_ids):
+        for part in (example.prompt_ids, *example.answer_parts()):
             digest.update(len(part).to_bytes(4, "big") + part.tobytes())
+    digest.update(repr(list(partners)).encode())
     return [weights, recipe.model.dtype, chat.tokenizer_hash(tokenizer), digest.hexdigest()]
 
 
-def cached_pair_logprobs(folder: Path, key: list[str], lengths: list[int], compute: Any) -> tuple[Tensor, Tensor]:
+def cached_logprobs(folder: Path, key: list[str], shape: tuple[int, int], compute: Callable[[], Tensor]) -> Tensor:
     """`compute()` once per content: the file's name is a hash of everything that the numbers depend on.
 
-    key: hashes of model, tokenizer, template, rows and dtype. lengths: tokens of each row, for the check on reading.
+    key: hashes of model, tokenizer, template, rows and dtype. shape: of the result, for the check on reading.
     """
     name = hashlib.sha256("\n".join(key).encode()).hexdigest()[:32]
     path = folder / f"reference-{name}.safetensors"
     if dist.from_main(path.exists() if dist.is_main() else None):
-        tensors = load_file(path)
-        if all(tensors[side].shape == (len(lengths),) for side in ("chosen", "rejected")):
-            logger.info("reference log-probs of %d pairs read from %s", len(lengths), path)
-            return tensors["chosen"], tensors["rejected"]
-    chosen, rejected = compute()
+        found = load_file(path)["logprobs"]
+        if tuple(found.shape) == shape:
+            logger.info("reference log-probs of %d rows read from %s", shape[0], path)
+            return found
+    found = compute()
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomic(path, save({"chosen": chosen.contiguous(), "rejected": rejected.contiguous()}))
+        write_atomic(path, save({"logprobs": found.contiguous()}))
     dist.barrier()
-    return chosen, rejected
+    return found
 
 
-def with_reference(data: Dataset, chosen: Tensor, rejected: Tensor) -> Dataset:
-    """The same dataset whose pairs carry their reference log-probs."""
+def with_reference(data: Dataset, logprobs: Tensor) -> Dataset:
+    """The same dataset whose rows carry their reference log-probs, (n, columns)."""
 
-    def batch(rows: list[int]) -> Pairs:
-        pairs = data.batch(rows)
-        assert isinstance(pairs, Pairs)
-        return replace(pairs, ref_chosen=chosen[rows], ref_rejected=rejected[rows])
+    def batch(rows: list[int]) -> Any:
+        found, given = data.batch(rows), logprobs[rows]
+        if isinstance(found, Answers):
+            mismatched = None if found.mismatched is None else given[:, 1]
+            return replace(found, ref=given[:, 0], ref_mismatched=mismatched)
+        return replace(found, ref=given[:, : found.present.shape[1]] if isinstance(found, Lists) else given)
 
     return Dataset(data.lengths, batch)

@@ -62,6 +62,19 @@ def critic_engine(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
     return _engine("critic", ScorerModule(model), recipe.critic.zero, recipe.model.dtype, recipe.critic)
 
 
+def prompt_critic(job: Job, tokenizer: PreTrainedTokenizerFast) -> Engine:
+    """DRO's value model: of a source of its own, else of the policy's; the head of a reward model is kept."""
+    recipe = job.recipe
+    assert isinstance(recipe, PreferenceRecipe)
+    setup = Setup.to_train(recipe.model, recipe.train.seed)
+    ref: ModelRef = recipe.critic if recipe.critic.from_ or recipe.critic.path else recipe.model
+    source = _source(job) if ref is recipe.model else job.source("critic", ref)
+    keep = isinstance(source, str) and has_score_head(source, ref.revision)
+    with sharded_loading(recipe.critic.zero, bf16=recipe.model.dtype == "bf16"):
+        model = build_scorer(source, tokenizer, setup, head="keep" if keep else "new", revision=ref.revision)
+    return _engine("critic", ScorerModule(model), recipe.critic.zero, recipe.model.dtype, recipe.critic)
+
+
 def reference(job: Job, tokenizer: PreTrainedTokenizerFast, actor: Engine) -> Reference:
     """The frozen policy. With LoRA, and where both start from the same weights, it is the actor without its adapter."""
     recipe = job.recipe

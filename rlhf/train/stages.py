@@ -3,77 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data import chat, collate
-from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
+from rlhf.data import chat
+from rlhf.data.examples import Loaded
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
-from rlhf.models.statistics import ScoreStatistics
-from rlhf.models.tokenizer import decoder
-from rlhf.recipe.explain import offline_steps
-from rlhf.recipe.schema import SamplingBlock
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
-from rlhf.rewards.scorer import Scorer
-from rlhf.train import roles, scorers
-from rlhf.train.checkpoints import Running
-from rlhf.train.guards import check_same_weights
+from rlhf.recipe.stages import OnlineRecipe, PPORecipe, RewardRecipe, SFTRecipe
+from rlhf.train import judged, roles, scorers
 from rlhf.train.job import Job
-from rlhf.train.loop import Collector, Stage
+from rlhf.train.loop import Stage
 from rlhf.train.objectives import (
     Objective,
     PolicyObjective,
-    PreferenceObjective,
     PretrainingObjective,
     RewardObjective,
     SFTObjective,
     ValueObjective,
 )
 from rlhf.train.online import OnlineCollector
+from rlhf.train.parts import Parts, generation_config, list_dataset, pair_dataset, sampler, steps, token_dataset
 from rlhf.train.progress import Progress
-from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
-from rlhf.train.rollout import Sampler
+from rlhf.train.ranking import ListRewardObjective
 from rlhf.train.samples import SampleWriter, shown_prompts
 from rlhf.train.shared import SharedRoles, shared_roles
 from rlhf.train.state import OnlineState
 from rlhf.train.statistics import score_statistics
-from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
-
-
-@dataclass
-class Parts:
-    """A stage put together: what the loop, the checkpoints and the publication need."""
-
-    engines: dict[str, Engine]
-    objectives: list[Objective]
-    collector: Collector
-    steps: int
-    key_metric: str
-    published: dict[str, tuple[Engine, str]]
-    updates_per_step: int = 1
-    held_out: Dataset | None = None
-    prompts: list[PromptExample] = field(default_factory=list)
-    sampling: SamplingBlock | None = None
-    scorer: Scorer | None = None
-    stop_ids: list[int] = field(default_factory=list)
-    statistics: Callable[[], ScoreStatistics] | None = None  # of a reward model's scores, once it is trained
-    state: OnlineState | None = None
-    averages: dict[str, Ema] = field(default_factory=dict)  # by the part they are published as
-    policy_starts: int = 0
-    target_kl: float | None = None
-
-    def running(self) -> Running:
-        """What a checkpoint holds."""
-        return Running(self.engines, dict(self.averages), self.state)
+from rlhf.train.supervised import SupervisedCollector, evaluate
 
 
 def assemble(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Build the stage's models and everything that is fed to them."""
     parts = ASSEMBLE[job.stage](job, tokenizer, data)
-    parts.stop_ids = chat.stop_token_ids(tokenizer, _generation_config(next(iter(parts.engines.values()))))
+    parts.stop_ids = chat.stop_token_ids(tokenizer, generation_config(next(iter(parts.engines.values()))))
     return parts
 
 
@@ -87,7 +50,7 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         engines={"policy": engine},
         objectives=[SFTObjective(engine, recipe.train)],
         collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, lambda step, metrics: None),
-        steps=_steps(recipe, train),
+        steps=steps(recipe, train),
         key_metric="eval/loss" if len(held_out) else "train/loss",
         published={"model": (engine, "policy")},
         held_out=held_out,
@@ -97,53 +60,22 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
 
 
 def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
-    """Reward model on pairs."""
+    """Reward model on pairs or lists."""
     recipe = job.recipe
     assert isinstance(recipe, RewardRecipe)
     engine = roles.reward_engine(job, tokenizer)
-    train, held_out = (pair_dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
+    is_list = recipe.loss.rows == "lists"
+    dataset, objective = (list_dataset, ListRewardObjective) if is_list else (pair_dataset, RewardObjective)
+    train, held_out = (dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
     return Parts(
         engines={"reward": engine},
-        objectives=[RewardObjective.from_block(engine, recipe.train, recipe.loss)],
+        objectives=[objective.from_block(engine, recipe.train, recipe.loss)],
         collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, lambda step, metrics: None),
-        steps=_steps(recipe, train),
+        steps=steps(recipe, train),
         key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
         published={"model": (engine, "reward")},
         held_out=held_out,
         statistics=lambda: score_statistics(engine, train, held_out, recipe.train.micro_batch, recipe.train.seed),
-    )
-
-
-def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
-    """A preference loss; the reference speaks once, before training, and is gone."""
-    recipe = job.recipe
-    assert isinstance(recipe, PreferenceRecipe)
-    engine = roles.policy_engine(job, tokenizer)
-    both = pair_dataset([*data.train, *data.eval], tokenizer.pad_token_id)
-
-    def compute() -> Any:
-        return pair_logprobs(roles.reference(job, tokenizer, engine), both, recipe.train.micro_batch)
-
-    key = reference_key(job, tokenizer, [*data.train, *data.eval])
-    chosen, rejected = cached_pair_logprobs(job.folder.root / "cache", key, both.lengths, compute)
-    split = len(data.train)
-    train = with_reference(pair_dataset(data.train, tokenizer.pad_token_id), chosen[:split], rejected[:split])
-    held_out = with_reference(pair_dataset(data.eval, tokenizer.pad_token_id), chosen[split:], rejected[split:])
-
-    def check(step: int, metrics: dict[str, float]) -> None:
-        if step == 0 and roles.is_same_start(job):
-            check_same_weights(metrics["reference_gap"], recipe.model.dtype, "policy and reference at the start")
-
-    return Parts(
-        engines={"policy": engine},
-        objectives=[PreferenceObjective.from_block(engine, recipe.train, recipe.loss)],
-        collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, check),
-        steps=_steps(recipe, train),
-        key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
-        published={"model": (engine, "policy")},
-        held_out=held_out,
-        prompts=shown_prompts(recipe.log, data, tokenizer),
-        sampling=recipe.sampling,
     )
 
 
@@ -175,7 +107,7 @@ ASSEMBLE: dict[str, Callable[[Job, PreTrainedTokenizerFast, Loaded], Parts]] = {
     "rm": rm,
     "ppo": ppo,
     "grpo": grpo,
-    "dpo": dpo,
+    "dpo": judged.dpo,
 }
 
 
@@ -224,6 +156,7 @@ def _online(
         state=state,
         averages=averages,
         target_kl=recipe.train.target_kl,
+        measures_move=state.penalty_beta is not None,
     )
 
 
@@ -246,7 +179,8 @@ def to_stage(
 
     def evaluate_now(done: int) -> dict[str, float]:
         assert held_out is not None
-        return evaluate(parts.objectives[0], held_out, recipe.train.micro_batch)
+        found = evaluate(parts.objectives[0], held_out, recipe.train.micro_batch)
+        return found | (parts.completed(found) if parts.completed is not None else {})
 
     def is_sample_step(done: int) -> bool:
         return done == parts.steps or bool(recipe.log.samples_every and done % recipe.log.samples_every == 0)
@@ -268,7 +202,7 @@ def to_stage(
         report=report,
         policy_starts=parts.policy_starts,
         target_kl=parts.target_kl,
-        measures_move=parts.state is not None and parts.state.penalty_beta is not None,
+        measures_move=parts.measures_move,
         averages=list(parts.averages.values()),
     )
 
@@ -290,32 +224,3 @@ def _sample_writer(
         job.folder,
         progress,
     )
-
-
-# --- small pieces ---------------------------------------------------------------------------------------------------
-
-
-def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock) -> Sampler:
-    """How answers end and how they are read: every end token that model, tokenizer, template or recipe names."""
-    stop_ids = chat.stop_token_ids(tokenizer, _generation_config(engine), extra=sampling.stop)
-    return Sampler(stop_ids, tokenizer.pad_token_id, decoder(tokenizer))
-
-
-def _generation_config(engine: Engine) -> Any:
-    core = engine.module.core
-    return core.generation_config if core.can_generate() else None
-
-
-def token_dataset(examples: list[TokenExample], pad_id: int) -> Dataset:
-    """Rows for SFT."""
-    return Dataset([len(e.ids) for e in examples], lambda rows: collate.tokens([examples[i] for i in rows], pad_id))
-
-
-def pair_dataset(examples: list[PairExample], pad_id: int) -> Dataset:
-    """Rows for pairwise losses; a pair costs both of its sides."""
-    lengths = [2 * len(e.prompt_ids) + len(e.chosen_ids) + len(e.rejected_ids) for e in examples]
-    return Dataset(lengths, lambda rows: collate.pairs([examples[i] for i in rows], pad_id))
-
-
-def _steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:
-    return offline_steps(recipe.train, len(train))

@@ -28,10 +28,11 @@ from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
-from rlhf.train.job import DATA_KIND, Job, Kind
+from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
 from rlhf.train.metrics import MetricsLog
+from rlhf.train.parts import Parts
 from rlhf.train.preflight import check_models, check_rewards, check_samples
 from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
@@ -104,7 +105,7 @@ def label(job: Job, stop: StopRequest, console: Console) -> None:
 
 def prepare(job: Job) -> tuple[PreTrainedTokenizerFast, Loaded]:
     """Tokenizer and data, and what can be refused without a model; how the stage is made is written down."""
-    folder, seed, kind = job.folder, job.seed, DATA_KIND[job.stage]
+    folder, seed, kind = job.folder, job.seed, data_kind(job.recipe)
     seed_everything(seed)
     tokenizer = stage_tokenizer(job, kind)
     check_models(job, tokenizer)
@@ -169,7 +170,7 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
 
 
 def publish(
-    job: Job, parts: stages.Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None
+    job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None
 ) -> None:
     """Write the trained models as Hugging Face folders; the manifest comes last. base: what an adapter stands on."""
     statistics = parts.statistics() if parts.statistics is not None else None

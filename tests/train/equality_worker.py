@@ -26,12 +26,12 @@ from rlhf.train.loop import Collected, Stage, update
 from rlhf.train.objectives import (
     Objective,
     PolicyObjective,
-    PreferenceObjective,
     PretrainingObjective,
     RewardObjective,
     SFTObjective,
     ValueObjective,
 )
+from rlhf.train.preference import Policy, PreferenceObjective
 from rlhf.train.state import OnlineState
 
 INIT = InitBlock(hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, vocab=300, context=64)
@@ -83,9 +83,9 @@ def batch_for(name: str) -> Rows:
     if name == "sft":
         return tokens(1)
     if name in ("rm", "dpo"):
-        refs = {"ref_chosen": torch.linspace(-80, -20, 8), "ref_rejected": torch.linspace(-30, -90, 8)}
+        ref = torch.stack([torch.linspace(-80, -20, 8), torch.linspace(-30, -90, 8)], dim=-1)
         pairs = Pairs(tokens(1), tokens(2), torch.linspace(0, 1, 8))
-        return replace(pairs, **refs) if name == "dpo" else pairs
+        return replace(pairs, ref=ref) if name == "dpo" else pairs
     return experience(3)
 
 
@@ -95,7 +95,7 @@ def objectives_for(name: str, engine: Engine, block: OptimBlock) -> list[Objecti
     if name == "rm":
         return [RewardObjective.from_block(engine, block, RmBtLoss(center_coef=0.01))]
     if name == "dpo":
-        return [PreferenceObjective.from_block(engine, block, DpoLoss(beta=0.1))]
+        return [PreferenceObjective.of(Policy(engine), block, DpoLoss(beta=0.1))]
     if name == "value":
         return [ValueObjective.from_block(engine, block, PpoValueLoss())]
     recipe = GRPORecipe.model_validate(

@@ -16,7 +16,6 @@ from rlhf.recipe.schema import OptimBlock
 from rlhf.recipe.stages import GRPORecipe
 from rlhf.train.objectives import (
     PolicyObjective,
-    PreferenceObjective,
     PretrainingObjective,
     RewardObjective,
     SFTObjective,
@@ -29,6 +28,7 @@ from rlhf.train.objectives import (
     trim,
     trim_experience,
 )
+from rlhf.train.preference import Policy, PreferenceObjective
 from rlhf.train.state import OnlineState
 
 
@@ -189,27 +189,27 @@ def test_a_reward_model_learns_the_difference():
 
 def test_dpo_at_the_reference_is_ln_2():
     engine = Given(minus_ids)
-    same = pairs(ref_chosen=torch.tensor([-0.05, -0.12]), ref_rejected=torch.tensor([-0.02, -0.25]))
-    loss = PreferenceObjective.from_block(engine, OptimBlock(), DpoLoss(beta=0.3)).loss(same)
-    assert terms(loss) == {"pairs": (round(2 * math.log(2), 5), "pairs", 1.0)}
-    assert metrics(loss)["reference_gap"] == (0.0, "pairs") and metrics(loss)["margin"] == (0.0, "pairs")
+    same = pairs(ref=torch.tensor([[-0.05, -0.02], [-0.12, -0.25]]))
+    loss = PreferenceObjective.of(Policy(engine), OptimBlock(), DpoLoss(beta=0.3)).loss(same)
+    assert terms(loss) == {"loss_dpo": (round(2 * math.log(2), 5), "rows", 1.0)}
+    assert metrics(loss)["reference_gap"] == (0.0, "rows") and metrics(loss)["margin"] == (0.0, "rows")
 
 
 def test_dpo_by_hand():
-    moved = pairs(ref_chosen=torch.tensor([-1.05, -0.12]), ref_rejected=torch.tensor([-0.02, -1.25]))
-    loss = PreferenceObjective.from_block(Given(minus_ids), OptimBlock(), DpoLoss(beta=0.5)).loss(moved)
+    moved = pairs(ref=torch.tensor([[-1.05, -0.02], [-0.12, -1.25]]))
+    loss = PreferenceObjective.of(Policy(Given(minus_ids)), OptimBlock(), DpoLoss(beta=0.5)).loss(moved)
     # the first pair's chosen side gained 1 nat, the second pair's rejected side did
     expected = math.log1p(math.exp(-0.5)) + math.log1p(math.exp(0.5))
-    assert terms(loss)["pairs"][0] == round(expected, 5)
+    assert terms(loss)["loss_dpo"][0] == round(expected, 5)
     found = metrics(loss)
-    assert found["accuracy"] == (1.0, "pairs") and found["reward_chosen"] == (0.5, "pairs")
-    assert found["reward_rejected"] == (0.5, "pairs") and found["chosen_displaced"] == (0.0, "pairs")
-    assert found["reference_gap"] == (round(1 / 2, 5), "pairs")  # per token of the chosen answer
+    assert found["accuracy"] == (1.0, "rows") and found["reward_chosen"] == (0.5, "rows")
+    assert found["reward_rejected"] == (0.5, "rows") and found["chosen_displaced"] == (0.0, "rows")
+    assert found["reference_gap"] == (round(1 / 2, 5), "rows")  # per token of the chosen answer
 
 
 def test_dpo_without_reference_is_our_mistake():
     with pytest.raises(AssertionError, match="reference log-probs are missing"):
-        PreferenceObjective.from_block(Given(minus_ids), OptimBlock(), DpoLoss()).loss(pairs())
+        PreferenceObjective.of(Policy(Given(minus_ids)), OptimBlock(), DpoLoss()).loss(pairs())
 
 
 ANSWERS = [[1, 1, 1], [1, 1, 0]]  # one prompt column; answers of two tokens and of one
