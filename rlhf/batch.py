@@ -18,6 +18,12 @@ def _expect(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     assert tensor.shape == shape, f"{name}: expected {shape}, found {tuple(tensor.shape)}"
 
 
+def _expect_present(tensors: dict[str, Tensor | None], shape: tuple[int, ...]) -> None:
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            _expect(name, tensor, shape)
+
+
 class Rows:
     """A record whose tensors (and lists) share their first axis, so that it can be cut into rows."""
 
@@ -25,12 +31,14 @@ class Rows:
         return len(getattr(self, fields(self)[0].name))  # type: ignore[arg-type]
 
     def map(self, change: Callable[[Any], Any]) -> Self:
-        """The same record with `change` applied to every present field (nested records are mapped too)."""
-        values = {}
-        for f in fields(self):  # type: ignore[arg-type]
-            value = getattr(self, f.name)
-            values[f.name] = value.map(change) if isinstance(value, Rows) else None if value is None else change(value)
-        return type(self)(**values)
+        """The same record with `change` applied to every present field (to what nested records and dicts hold too)."""
+
+        def changed(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: changed(each) for name, each in value.items()}
+            return value.map(change) if isinstance(value, Rows) else None if value is None else change(value)
+
+        return type(self)(**{f.name: changed(getattr(self, f.name)) for f in fields(self)})  # type: ignore[arg-type]
 
     def select(self, rows: list[int]) -> Self:
         """The given rows, in the given order."""
@@ -74,10 +82,57 @@ class Pairs(Rows):
     margin: Tensor  # (B,) float32, 0 where the data has none
     ref_chosen: Tensor | None = None  # (B,) summed reference log-probs, where precomputed
     ref_rejected: Tensor | None = None
+    scores: Tensor | None = None  # (B, 2) float32 of chosen and rejected; None where any row lacks them
+    win_rates: Tensor | None = None  # (B, 2) float32 in [0, 1], the same
+    row: Tensor | None = None  # (B,) int64, numbers of the dataset's records
+    extras: dict[str, Tensor] | None = None  # (B,) each: what the whole batch says of every row
 
     def __post_init__(self) -> None:
         _expect("rejected", self.rejected.ids[:, 0], (len(self.chosen),))
         _expect("margin", self.margin, (len(self.chosen),))
+        _expect_present({"scores": self.scores, "win_rates": self.win_rates}, (len(self.chosen), 2))
+        _expect_present({"row": self.row, **(self.extras or {})}, (len(self.chosen),))
+
+
+@dataclass(frozen=True)
+class Answers(Rows):
+    """Single answers that are good or bad, each with the prompt in front."""
+
+    tokens: Tokens
+    is_good: Tensor  # (B,) bool
+    rewards: Tensor  # (B,) float32, the answer's score, or +1 and -1 by label
+    density: Tensor  # (B,) float32 in (0, 1), the share of good answers among the answers to such a prompt
+    row: Tensor  # (B,) int64, numbers of the dataset's records
+    ref: Tensor | None = None  # (B,) summed reference log-probs, where precomputed
+    mismatched: Tokens | None = None  # every prompt with an answer to another one
+    ref_mismatched: Tensor | None = None  # (B,)
+    extras: dict[str, Tensor] | None = None  # (B,) each: what the whole batch says of every row
+
+    def __post_init__(self) -> None:
+        shape = (len(self.tokens),)
+        for name in ("is_good", "rewards", "density", "row"):
+            _expect(name, getattr(self, name), shape)
+        _expect_present({"ref": self.ref, "ref_mismatched": self.ref_mismatched, **(self.extras or {})}, shape)
+        _expect_present({"mismatched": None if self.mismatched is None else self.mismatched.ids[:, 0]}, shape)
+
+
+@dataclass(frozen=True)
+class Lists(Rows):
+    """Up to K scored answers to each prompt, each with the prompt in front. Absent answers are padding throughout."""
+
+    ids: Tensor  # (B, K, T) int64
+    attention: Tensor  # (B, K, T) bool
+    mask: Tensor  # (B, K, T) bool
+    scores: Tensor  # (B, K) float32, higher is better, 0 where absent
+    present: Tensor  # (B, K) bool
+    row: Tensor  # (B,) int64, numbers of the dataset's records
+    ref: Tensor | None = None  # (B, K) summed reference log-probs, where precomputed
+
+    def __post_init__(self) -> None:
+        shape = tuple(self.ids.shape)
+        _expect_present({"attention": self.attention, "mask": self.mask}, shape)
+        _expect_present({"scores": self.scores, "present": self.present, "ref": self.ref}, shape[:2])
+        _expect("row", self.row, shape[:1])
 
 
 @dataclass(frozen=True)

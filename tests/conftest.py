@@ -134,7 +134,9 @@ def tiny(cli: Callable[..., Done], tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("tiny")
     run = TinyRun(folder / "run", folder / "recipes", folder / "data")
     run.recipes.mkdir()
-    write_demo_data(run.data, 0, DemoSizes(sft=60, pairs=60, prompts=40, eval_prompts=8, eval_pairs=8))
+    write_demo_data(
+        run.data, 0, DemoSizes(sft=60, pairs=60, prompts=40, eval_prompts=8, eval_pairs=8, lists=60, eval_lists=8)
+    )
     for stage, recipe in tiny_recipes(run.data).items():
         (run.recipes / f"{stage}.yaml").write_text(yaml.safe_dump(recipe))
     for stage in ("sft", "rm"):

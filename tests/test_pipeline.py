@@ -30,7 +30,9 @@ SAMPLING = {"max_new_tokens": 12}
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data")
-    write_demo_data(folder, 0, DemoSizes(sft=60, pairs=60, prompts=40, eval_prompts=8, eval_pairs=8))
+    write_demo_data(
+        folder, 0, DemoSizes(sft=60, pairs=60, prompts=40, eval_prompts=8, eval_pairs=8, lists=60, eval_lists=8)
+    )
     (folder / "sums.jsonl").write_text(
         "".join(json.dumps({"question": f"{n} + 1?", "answer": f"#### {n + 1}"}) + "\n" for n in range(20))
     )

@@ -3,6 +3,7 @@
 A prompt is the first words of a review, an answer is the rest. The gold reward adds up what the review says, with
 diminishing returns; an answer that leaves the grammar gets the worst reward. Preference pairs are drawn from the gold
 reward by Bradley-Terry, so that even a perfect reward model agrees with them only as often as `bayes_accuracy` says.
+Lists of answers are ordered by Plackett-Luce in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf.data.grammar import (
     ACCEPTING,
@@ -40,6 +42,7 @@ VALUES = {word: value for kind, value in POLARITY.items() for word in LEXICON[ki
 _DAMAGED = 0.1  # share of candidate answers that are damaged, so that pairs also tell grammar from its ruins
 _HELD_OUT = 0.2  # share of all prompts that no training file contains
 _PROMPT_WORDS = (4, 9)
+_ANSWERS = 4  # of a list
 _ALL_WORDS = sorted(VOCABULARY)
 
 
@@ -52,6 +55,8 @@ class DemoSizes:
     prompts: int = 2000
     eval_prompts: int = 256
     eval_pairs: int = 1000
+    lists: int = 3000
+    eval_lists: int = 500
 
 
 # --- the gold reward -----------------------------------------------------------------------------------------------
@@ -206,6 +211,19 @@ def pairs(rng: random.Random, *, evaluation: bool) -> Iterator[dict[str, str]]:
         yield {"prompt": prompt, "chosen": first, "rejected": second}
 
 
+def lists(rng: random.Random, *, evaluation: bool) -> Iterator[dict[str, Any]]:
+    """An endless stream of prompts with four different answers, scored by gold reward + standard Gumbel noise.
+
+    The order of such scores is Plackett-Luce, and of any two of them Bradley-Terry, on the gold reward [Yellott 1977].
+    """
+    for prompt, _ in reviews(rng, evaluation=evaluation):
+        answers = [_answer(prompt, rng) for _ in range(_ANSWERS)]
+        if len(set(answers)) == _ANSWERS:
+            noise = [-math.log(-math.log((_below(2**32, rng) + 0.5) / 2**32)) for _ in answers]
+            scores = [round(gold_reward(prompt, answer) + n, 4) for answer, n in zip(answers, noise, strict=True)]
+            yield {"prompt": prompt, "answers": answers, "scores": scores}
+
+
 def bayes_accuracy(rows: Iterable[dict[str, str]]) -> float:
     """Mean max(p, 1 - p): the accuracy on these pairs that no reward model can beat in expectation."""
     chances = [
@@ -218,8 +236,10 @@ def bayes_accuracy(rows: Iterable[dict[str, str]]) -> float:
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
-def _endless(name: str, rng: random.Random) -> Iterator[dict[str, str]]:
+def _endless(name: str, rng: random.Random) -> Iterator[dict[str, Any]]:
     evaluation = name.startswith("eval_")
+    if name.endswith("lists"):
+        return lists(rng, evaluation=evaluation)
     if name.endswith("pairs"):
         return pairs(rng, evaluation=evaluation)
     stream = reviews(rng, evaluation=evaluation)
@@ -228,18 +248,18 @@ def _endless(name: str, rng: random.Random) -> Iterator[dict[str, str]]:
     return ({"prompt": prompt} for prompt, _ in stream)
 
 
-def demo_rows(name: str, seed: int = 0, sizes: DemoSizes = DemoSizes()) -> list[dict[str, str]]:
+def demo_rows(name: str, seed: int = 0, sizes: DemoSizes = DemoSizes()) -> list[dict[str, Any]]:
     """The rows of one file of the task, no two of them equal: a function of its arguments alone.
 
-    sft (prompt, completion), pairs (prompt, chosen, rejected), prompts, and held out from these by prompt whatever the
-    seeds: eval_prompts, eval_pairs.
+    sft (prompt, completion), pairs (prompt, chosen, rejected), lists (prompt, answers, scores), prompts, and held out
+    from these by prompt whatever the seeds: eval_prompts, eval_pairs, eval_lists.
     """
     count = vars(sizes)[name]
-    distinct: dict[tuple[str, ...], dict[str, str]] = {}
+    distinct: dict[tuple[str, ...], dict[str, Any]] = {}
     for row in _endless(name, random.Random(f"{seed}/{name}")):
         if len(distinct) == count:
             break
-        distinct.setdefault(tuple(row.values()), row)
+        distinct.setdefault(tuple(map(str, row.values())), row)
     return list(distinct.values())
 
 

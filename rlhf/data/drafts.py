@@ -10,13 +10,14 @@ import numpy as np
 
 from rlhf.data.chat import ChatTemplate
 from rlhf.data.encode import Conversation, Ids, Mask
-from rlhf.data.formats import BAD_LABEL, NO_ANSWER, Kind, Record
-from rlhf.data.limits import ANSWER_CUT, PROMPT_CUT, Cut, Limits, cut
+from rlhf.data.formats import BAD_LABEL, EQUAL, NO_ANSWER, Kind, Record
+from rlhf.data.limits import ANSWER_CUT, ANSWERS_OUT, PROMPT_CUT, Cut, Limits, cut, cut_list
+from rlhf.data.messages import Message
 from rlhf.errors import DataError
 
 EMPTY = "empty answer"
 EMPTY_PROMPT = "empty prompt"
-EQUAL = "chosen equals rejected"
+ALL_EQUAL = "all answers are equal"
 UNTRAINED = "nothing to train on"
 REWRITTEN = "an earlier answer that the template rewrites is context only"
 OTHER_START = "the template shows the prompt otherwise in one of the answers"
@@ -24,17 +25,25 @@ OTHER_START = "the template shows the prompt otherwise in one of the answers"
 
 @dataclass(frozen=True)
 class Draft:
-    """One row as tokens: the prompt, and after it no answer (prompts), one (tokens) or two (chosen, rejected)."""
+    """One row as tokens: the prompt, and what may follow it.
+
+    That is nothing (prompts), one answer (tokens, answers), two (pairs: chosen, rejected) or more (lists).
+    """
 
     where: str
+    kind: Kind
     prompt: Ids
     sides: tuple[tuple[Ids, Mask], ...]
     changes: tuple[str, ...] = ()
     problem: str = ""
+    scores: tuple[float, ...] = ()  # lists: of every answer
 
     def cut(self, limits: Limits) -> Cut:
         """What the limits do to this row."""
-        return Cut(self.problem) if self.problem else cut(len(self.prompt), [len(ids) for ids, _ in self.sides], limits)
+        if self.problem:
+            return Cut(self.problem)
+        rule = cut_list if self.kind == "lists" else cut
+        return rule(len(self.prompt), [len(ids) for ids, _ in self.sides], limits)
 
     def fit(self, limits: Limits) -> tuple[Draft, str]:
         """The row within the limits, and why it is dropped if it is."""
@@ -47,16 +56,18 @@ class Draft:
                     fix="Raise data.max_length or choose another data.on_long.",
                 )
             return self, what.reason
+        sides = [side for i, side in enumerate(self.sides) if i not in what.without]
         kept = replace(
             self,
             prompt=self.prompt[self.kept_prompt(what.prompt, limits)],
-            sides=tuple((ids[: what.answer], mask[: what.answer]) for ids, mask in self.sides),
-            changes=self._changes(what),
+            sides=tuple((ids[: what.answer], mask[: what.answer]) for ids, mask in sides),
+            scores=tuple(score for i, score in enumerate(self.scores) if i not in what.without),
+            changes=self._changes(what, max((len(ids) for ids, _ in sides), default=0)),
         )
         if any(not mask.any() for _, mask in kept.sides):
             return kept, UNTRAINED
-        if len(kept.sides) == 2 and np.array_equal(kept.sides[0][0], kept.sides[1][0]):
-            return kept, EQUAL
+        if len(kept.sides) > 1 and all(np.array_equal(kept.sides[0][0], ids) for ids, _ in kept.sides[1:]):
+            return kept, EQUAL if self.kind == "pairs" else ALL_EQUAL
         return kept, ""
 
     def kept_prompt(self, taken: int, limits: Limits) -> Mask:
@@ -66,10 +77,10 @@ class Draft:
             kept[0], kept[taken] = True, False
         return kept
 
-    def _changes(self, what: Cut) -> tuple[str, ...]:
-        longest = max((len(ids) for ids, _ in self.sides), default=0)
+    def _changes(self, what: Cut, longest: int) -> tuple[str, ...]:
         is_cut = what.answer is not None and longest > what.answer
-        return (*self.changes, *[PROMPT_CUT] * bool(what.prompt), *[ANSWER_CUT] * is_cut)
+        cuts = (*[PROMPT_CUT] * bool(what.prompt), *[ANSWER_CUT] * is_cut, *[ANSWERS_OUT] * bool(what.without))
+        return (*self.changes, *cuts)
 
 
 def unusable(record: Record, kind: Kind, on_empty: Literal["drop", "error"]) -> str:
@@ -87,6 +98,8 @@ def unusable(record: Record, kind: Kind, on_empty: Literal["drop", "error"]) -> 
         answers = [("text", record.text)]
     elif record.kind == "completion":
         answers = [("completion", record.answer[-1]["content"])]
+    elif record.kind == "list":
+        answers = [(f"answers[{i}]", answer[-1]["content"]) for i, answer in enumerate(record.answers)]
     else:
         answers = [("chosen", record.chosen[-1]["content"]), ("rejected", record.rejected[-1]["content"])]
     for column, words in answers[:1] if kind == "tokens" else answers:
@@ -114,28 +127,35 @@ def draft(
     for record, row in zip(records, planned, strict=True):
         rows = [next(encoded) for _ in row]
         if kind == "prompts":
-            yield Draft(record.where, rows[0][0], ())
+            yield Draft(record.where, kind, rows[0][0], ())
         elif kind == "tokens":
             yield _split(record, rows[0], _changes(record, row[0], train_on))
         else:
-            yield _pair(record, rows)
+            yield _answered(record, kind, rows)
 
 
 def _conversations(
     record: Record, chat: ChatTemplate, kind: Kind, train_on: Literal["all_answers", "last_answer"]
 ) -> list[Conversation]:
-    """What is tokenised for a record: its prompt, its one row, or its prompt and both sides."""
+    """What is tokenised for a record: its prompt, its one row, or its prompt and the prompt with each answer."""
     if kind == "prompts":
         return [chat.prompt(record.prompt, record.where)]
-    if kind == "pairs":
-        first = len(record.prompt)  # answers in the prompt are the same on both sides
-        sides = [[*record.prompt, *side] for side in (record.chosen, record.rejected)]
+    if kind != "tokens":
+        first = len(record.prompt)  # answers in the prompt are the same on all sides
+        sides = [[*record.prompt, *side] for side in _sides(record)]
         rows = [chat.conversation(s, len(s) - 1 if train_on == "last_answer" else first, record.where) for s in sides]
         return [chat.prompt(record.prompt, record.where), *rows]
     if record.kind == "text":
         return [chat.text(record.text, record.where)]
     messages = [*record.prompt, *(record.answer or record.chosen)]
     return [chat.conversation(messages, len(messages) - 1 if train_on == "last_answer" else 0, record.where)]
+
+
+def _sides(record: Record) -> Sequence[list[Message]]:
+    """What may follow the prompt."""
+    if record.kind == "pair":
+        return record.chosen, record.rejected
+    return record.answers if record.kind == "list" else [record.answer]
 
 
 def _changes(record: Record, row: Conversation, train_on: str) -> tuple[str, ...]:
@@ -149,16 +169,19 @@ def _split(record: Record, row: tuple[Ids, Mask], changes: tuple[str, ...]) -> D
     """A row whose prompt is what comes before the first trained token."""
     ids, mask = row
     start = int(mask.argmax()) if mask.any() else len(ids)
-    return Draft(record.where, ids[:start], ((ids[start:], mask[start:]),), changes)
+    return Draft(record.where, "tokens", ids[:start], ((ids[start:], mask[start:]),), changes)
 
 
-def _pair(record: Record, rows: list[tuple[Ids, Mask]]) -> Draft:
+def _answered(record: Record, kind: Kind, rows: list[tuple[Ids, Mask]]) -> Draft:
+    """A prompt and its answers, each tokenised with the prompt in front."""
     (prompt, _), *sides = rows
     size = len(prompt)
     same = all(np.array_equal(ids[:size], prompt) for ids, _ in sides)
     return Draft(
         record.where,
+        kind,
         prompt,
         tuple((ids[size:], mask[size:]) for ids, mask in sides),
         problem="" if same else OTHER_START,
+        scores=record.scores if kind == "lists" else (),
     )

@@ -50,6 +50,8 @@ class PairExample:
     rejected_mask: Mask
     margin: float
     row: int
+    scores: tuple[float, float] | None = None  # of chosen and rejected
+    win_rates: tuple[float, float] | None = None  # how often each wins against other answers, in [0, 1]
 
     def lengths(self) -> tuple[int, int]:
         """Tokens of both sides, and trained tokens."""
@@ -71,7 +73,39 @@ class PromptExample:
         return len(self.ids), 0
 
 
-Example = TokenExample | PairExample | PromptExample
+@dataclass(frozen=True, slots=True)
+class AnswerExample:
+    """A prompt with one answer that is good or bad."""
+
+    prompt_ids: Ids
+    answer_ids: Ids
+    answer_mask: Mask
+    is_good: bool
+    reward: float  # its score, or +1 and -1 by label
+    density: float  # the share of good answers among the answers to such a prompt
+    row: int
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens, and trained tokens."""
+        return len(self.prompt_ids) + len(self.answer_ids), int(self.answer_mask.sum())
+
+
+@dataclass(frozen=True, slots=True)
+class ListExample:
+    """A prompt with two or more scored answers."""
+
+    prompt_ids: Ids
+    answers: tuple[tuple[Ids, Mask], ...]
+    scores: tuple[float, ...]  # of every answer, higher is better
+    row: int
+
+    def lengths(self) -> tuple[int, int]:
+        """Tokens of all answers, each with the prompt in front, and trained tokens."""
+        tokens = sum(len(self.prompt_ids) + len(ids) for ids, _ in self.answers)
+        return tokens, sum(int(mask.sum()) for _, mask in self.answers)
+
+
+Example = TokenExample | PairExample | PromptExample | AnswerExample | ListExample
 
 
 @dataclass(frozen=True)
@@ -112,7 +146,8 @@ def raw_texts(data: DataBlock, kind: Kind) -> Iterator[str]:
         for record in read_records(source, key, kind, report):
             if record.kind == "text":
                 yield record.text
-            for message in (*record.prompt, *record.answer, *record.chosen, *record.rejected):
+            answers = (record.answer, record.chosen, record.rejected, *record.answers)
+            for message in itertools.chain(record.prompt, *answers):
                 yield message["content"]
 
 
@@ -163,14 +198,24 @@ class _Loader:
 
 def to_example(fitted: Draft, record: Record, row: int) -> Example:
     """The example of a draft that fits."""
-    if not fitted.sides:
+    if fitted.kind == "prompts":
         return PromptExample(fitted.prompt, row, reward_fields(record), record.where)
-    if len(fitted.sides) == 1:
-        ids, mask = fitted.sides[0]
-        before = np.zeros(len(fitted.prompt), np.bool_)
-        return TokenExample(np.concatenate([fitted.prompt, ids]), np.concatenate([before, mask]), row)
-    (chosen, chosen_mask), (rejected, rejected_mask) = fitted.sides
-    return PairExample(fitted.prompt, chosen, chosen_mask, rejected, rejected_mask, record.margin, row)
+    if fitted.kind == "lists":
+        return ListExample(fitted.prompt, fitted.sides, fitted.scores, row)
+    if fitted.kind == "pairs":
+        (chosen, chosen_mask), (rejected, rejected_mask) = fitted.sides
+        numbers = (_two(record.scores), _two(record.win_rates))
+        return PairExample(fitted.prompt, chosen, chosen_mask, rejected, rejected_mask, record.margin, row, *numbers)
+    ((ids, mask),) = fitted.sides
+    if fitted.kind == "answers":
+        assert record.label is not None and record.reward is not None
+        return AnswerExample(fitted.prompt, ids, mask, record.label, record.reward, record.density, row)
+    before = np.zeros(len(fitted.prompt), np.bool_)
+    return TokenExample(np.concatenate([fitted.prompt, ids]), np.concatenate([before, mask]), row)
+
+
+def _two(numbers: tuple[float, ...]) -> tuple[float, float] | None:
+    return (numbers[0], numbers[1]) if numbers else None
 
 
 def _hold_out(

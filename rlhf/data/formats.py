@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import difflib
-import math
+import itertools
 import re
-from collections import Counter, defaultdict, deque
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -21,15 +19,18 @@ from rlhf.data.messages import (
     parse_dialogue,
     parse_messages,
 )
+from rlhf.data.numbers import both_sides, density, list_scores, number, win_rates
 from rlhf.data.readers import describe
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.schema import SourceBlock
 
-Kind = Literal["tokens", "pairs", "prompts"]  # what a stage makes of records
+Kind = Literal["tokens", "pairs", "prompts", "answers", "lists"]  # what a stage makes of records
 
 # Reasons for which a row is dropped and counted.
 NO_ANSWER = "no answer at the end"
 OTHER_PROMPT = "chosen and rejected answer different prompts"
+OTHER_PROMPTS = "answers to different prompts"
+EQUAL = "chosen equals rejected"
 BAD_LABEL = "label is false"
 NO_PARTNER = "no answer with the other label to the same prompt"
 
@@ -39,10 +40,15 @@ _SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("pairs", ("prompt", "chosen", "rejected")),
     ("dialogue_pairs", ("chosen", "rejected")),
     ("pairs", ("chosen", "rejected")),
+    ("lists", ("prompt", "answers", "scores")),
+    ("lists", ("prompt", "answers", "ranks")),
     ("labelled", ("prompt", "completion", "label")),
     ("labelled", ("messages", "label")),
     ("labelled", ("conversations", "label")),
     ("labelled", ("text", "label")),
+    ("scored", ("prompt", "completion", "score")),
+    ("scored", ("messages", "score")),
+    ("scored", ("conversations", "score")),
     ("prompt_completion", ("prompt", "completion")),
     ("messages", ("messages",)),
     ("sharegpt", ("conversations",)),
@@ -53,6 +59,13 @@ _SHAPES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _PAIRS = {"pairs", "dialogue_pairs", "sharegpt_pairs"}
 # Columns that became messages; the others stay in `Record.fields` for rewards.
 _CONSUMED = {"messages", "conversations", "chosen", "rejected"}
+_SINGLE_LOSSES = "losses of single answers (kto, bco, ...)"
+_PAIR_FIXES = {
+    "labelled": f"Set pair_labels: true to pair answers by label, or choose one of the {_SINGLE_LOSSES}.",
+    "scored": f"Choose one of the {_SINGLE_LOSSES}.",
+    "lists": "Choose a loss of lists, or make rows of the two answers to compare: chosen, rejected.",
+}
+_WHICH_SCORE = "Say which column holds the label or the score: columns: {score: ...}."
 _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 
 
@@ -60,16 +73,21 @@ _TRUTH = {"1": True, "true": True, "0": False, "false": False}
 class Record:
     """One row, whatever its format was."""
 
-    kind: Literal["completion", "text", "pair", "prompt"]
+    kind: Literal["completion", "text", "pair", "prompt", "list"]
     where: str  # file:line
     fields: dict[str, Any] = field(default_factory=dict)  # the row's other columns
     prompt: list[Message] = field(default_factory=list)
     answer: list[Message] = field(default_factory=list)  # completion: begins and ends with an assistant message
     chosen: list[Message] = field(default_factory=list)  # pair: what follows the prompt
     rejected: list[Message] = field(default_factory=list)
+    answers: list[list[Message]] = field(default_factory=list)  # list: two or more
     text: str = ""
     label: bool | None = None
+    reward: float | None = None  # completion: its score
+    density: float = 0.5  # completion: the share of good answers to such a prompt
     margin: float = 0.0
+    scores: tuple[float, ...] = ()  # list: of every answer; pair: of chosen and rejected, or none
+    win_rates: tuple[float, ...] = ()  # pair: of chosen and rejected, or none
     problem: str = ""  # a reason to drop the row, empty for a good one
 
 
@@ -134,9 +152,16 @@ def _nearest(row: dict[str, Any], shapes: list[tuple[str, ...]]) -> str:
 
 def require(found: str, kind: Kind, where: str, source: SourceBlock) -> None:
     """Refuse a format that a stage cannot learn from."""
-    if kind == "pairs" and found not in _PAIRS and not (found == "labelled" and source.pair_labels):
-        need = "a better and a worse answer (chosen, rejected)"
-        fix = "Set pair_labels: true to pair answers by label." if found == "labelled" else ""
+    is_paired = found in _PAIRS or (found == "labelled" and source.pair_labels)
+    if kind == "pairs" and not is_paired:
+        need, fix = "a better and a worse answer (chosen, rejected)", _PAIR_FIXES[found] if found in _PAIR_FIXES else ""
+    elif kind == "answers" and found not in {"labelled", "scored", *_PAIRS}:
+        need = "single answers with a label or a score (prompt, completion, label or score), or pairs"
+        fix = "Make every answer a row of its own: prompt, completion, score." if found == "lists" else _WHICH_SCORE
+    elif kind == "lists" and found not in {"lists", *_PAIRS}:
+        need, fix = "several scored answers to a prompt (prompt, answers, scores or ranks), or pairs", ""
+    elif kind == "tokens" and found == "lists":
+        need, fix = "one answer to learn from (prompt, completion)", "Keep the answer to imitate as the completion."
     elif kind == "tokens" and found == "prompts":
         need, fix = "answers to learn from", "Say which column holds them: columns: {completion: ...}."
     elif kind == "prompts" and found == "text" and not source.prompt_words:
@@ -151,15 +176,22 @@ def require(found: str, kind: Kind, where: str, source: SourceBlock) -> None:
 
 def convert(row: dict[str, Any], where: str, found: str, source: SourceBlock) -> Record:
     """One mapped row as a record. A row that breaks its format raises; one that only cannot be used says why."""
-    fields = {name: value for name, value in row.items() if name not in _CONSUMED}
+    consumed = {*_CONSUMED, "answers"} if found == "lists" else _CONSUMED
+    fields = {name: value for name, value in row.items() if name not in consumed}
     if found in _PAIRS:
         record = _pair(row, where, found)
+    elif found == "lists":
+        record = _list(row, where, source)
     elif found == "text" and not source.prompt_words:
         return Record("text", where, fields, text=check_text(_need(row, "text", where), where, "text"))
     else:
         record = _single(row, where, found, source)
         if found == "labelled":
             record = replace(record, label=_label(_need(row, "label", where), where))
+        elif found == "scored":
+            record = replace(record, reward=number(_need(row, "score", where), where, "score"))
+        if found in ("labelled", "scored"):
+            record = replace(record, density=density(row.get("density"), where))
     return _with_system(replace(record, fields=fields), row, source)
 
 
@@ -175,7 +207,7 @@ def _need(row: dict[str, Any], name: str, where: str) -> Any:
 
 def _single(row: dict[str, Any], where: str, found: str, source: SourceBlock) -> Record:
     """Formats with one answer, or none."""
-    if found == "labelled":
+    if found in ("labelled", "scored"):
         found = "messages" if "messages" in row else "sharegpt" if "conversations" in row else "prompt_completion"
         if "text" in row and found == "prompt_completion" and "completion" not in row:
             found = "text"
@@ -231,7 +263,7 @@ def _alpaca(row: dict[str, Any], where: str) -> Record:
 
 
 def _pair(row: dict[str, Any], where: str, found: str) -> Record:
-    margin = _margin(row.get("margin"), where)
+    margin = 0.0 if row.get("margin") is None else number(row["margin"], where, "margin")
     sides: list[list[Message]] = []
     for column in ("chosen", "rejected"):
         value = _need(row, column, where)
@@ -246,7 +278,16 @@ def _pair(row: dict[str, Any], where: str, found: str) -> Record:
     whole = [*given, *sides[0]] if sides[0][0]["role"] == "assistant" else sides[0]
     other = [*given, *sides[1]] if sides[1][0]["role"] == "assistant" else sides[1]
     shared = common_prefix(whole, other)
-    record = Record("pair", where, prompt=whole[:shared], chosen=whole[shared:], rejected=other[shared:], margin=margin)
+    record = Record(
+        "pair",
+        where,
+        prompt=whole[:shared],
+        chosen=whole[shared:],
+        rejected=other[shared:],
+        margin=margin,
+        scores=both_sides(row, "score", where),
+        win_rates=win_rates(row, where),
+    )
     if record.chosen[-1]["role"] != "assistant" or record.rejected[-1]["role"] != "assistant":
         return replace(record, problem=NO_ANSWER)
     if record.chosen[0]["role"] != "assistant" or record.rejected[0]["role"] != "assistant":
@@ -254,16 +295,28 @@ def _pair(row: dict[str, Any], where: str, found: str) -> Record:
     return record
 
 
-def _margin(value: Any, where: str) -> float:
-    if value is None:
-        return 0.0
-    try:
-        margin = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        margin = math.nan
-    if not math.isfinite(margin):
-        raise DataError(f"margin: expected a number, found {describe(value)}", where=where)
-    return margin
+def _list(row: dict[str, Any], where: str, source: SourceBlock) -> Record:
+    """Answers to one prompt; one that is a whole conversation repeats the prompt."""
+    prompt = _messages(_need(row, "prompt", where), "user", where, "prompt")
+    given = _need(row, "answers", where)
+    if not isinstance(given, (list, tuple)):
+        raise DataError(f"answers: expected a list of answers, found {describe(given)}", where=where)
+    if len(given) < 2:
+        raise DataError(
+            f"answers: expected at least 2 answers to compare, found {len(given)}",
+            where=where,
+            fix="Give every row several answers to its prompt, or leave the row out.",
+        )
+    column = "ranks" if "ranks" in {*source.columns, *source.templates} or "scores" not in row else "scores"
+    scores = list_scores(_need(row, column, where), where, column, len(given))
+    answers = [_messages(value, "assistant", where, f"answers[{i}]") for i, value in enumerate(given)]
+    answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]
+    problem = ""
+    if any(not answer or answer[-1]["role"] != "assistant" for answer in answers):
+        problem = NO_ANSWER
+    elif any(answer[0]["role"] != "assistant" for answer in answers):
+        problem = OTHER_PROMPTS
+    return Record("list", where, prompt=prompt, answers=answers, scores=scores, problem=problem)
 
 
 def _label(value: Any, where: str) -> bool:
@@ -275,37 +328,12 @@ def _label(value: Any, where: str) -> bool:
 
 def _with_system(record: Record, row: dict[str, Any], source: SourceBlock) -> Record:
     """The row's own system message, else its `system` column, else the recipe's."""
-    everything = [*record.prompt, *record.answer, *record.chosen]
+    everything = [*record.prompt, *record.answer, *record.chosen, *itertools.chain(*record.answers)]
     own = row.get("system")
     system = check_text(own, record.where, "system") if own else source.system
     if not system or any(m["role"] == "system" for m in everything):
         return record
     return replace(record, prompt=[message("system", system), *record.prompt])
-
-
-# --- labels -> pairs -----------------------------------------------------------------------------------------------
-
-
-def pair_up(records: Iterable[Record], unpaired: Counter[str]) -> Iterator[Record]:
-    """Labelled answers as pairs: each label-true answer with one label-false answer to the same prompt, in file order.
-
-    Every answer is used once at most; what finds no partner is added to `unpaired`.
-    """
-    waiting: dict[tuple[str, ...], tuple[deque[Record], deque[Record]]] = defaultdict(lambda: (deque(), deque()))
-    for record in records:
-        assert record.label is not None
-        if record.kind != "completion":
-            unpaired[NO_ANSWER] += 1
-            continue
-        prompt = tuple(part for m in record.prompt for part in (m["role"], m["content"]))
-        good, bad = waiting[prompt]
-        (good if record.label else bad).append(record)
-        if good and bad:
-            better, worse = good.popleft(), bad.popleft()
-            yield replace(better, kind="pair", answer=[], chosen=better.answer, rejected=worse.answer, label=None)
-    left = sum(len(queue) for queues in waiting.values() for queue in queues)
-    if left:
-        unpaired[NO_PARTNER] += left
 
 
 def reward_fields(record: Record) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from rlhf.data.formats import Kind
@@ -16,6 +16,8 @@ LONG_ANSWER = "answer alone longer than max_length"
 NO_ROOM = "no room for an answer after the prompt"
 PROMPT_CUT = "prompt cut on the left"
 ANSWER_CUT = "answer cut on the right"
+ANSWERS_OUT = "answers of a list left out as too long"
+FEW_ANSWERS = "fewer than two answers of a list fit"
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,7 @@ class Cut:
     reason: str = ""
     prompt: int = 0  # tokens taken off the prompt, on its left
     answer: int | None = None  # tokens that stay of every answer
+    without: tuple[int, ...] = ()  # answers of a list that are left out, by number
 
 
 def limits_of(data: DataBlock, kind: Kind, max_new_tokens: int, begin: int | None) -> Limits:
@@ -68,3 +71,15 @@ def cut(prompt: int, answers: Sequence[int], limits: Limits) -> Cut:
     if limits.on_long == "truncate_answer" and answers and not is_long_prompt:
         return Cut(answer=limits.total - prompt) if prompt < limits.total else Cut(NO_ROOM)
     return Cut(LONG_PROMPT if is_long_prompt else LONG)
+
+
+def cut_list(prompt: int, answers: Sequence[int], limits: Limits) -> Cut:
+    """The same for a list of answers: those that cannot be made to fit are left out, as long as two stay."""
+    if limits.on_long == "error":
+        return cut(prompt, answers, limits)
+    reasons = [cut(prompt, [length], limits).reason for length in answers]
+    without = tuple(i for i, reason in enumerate(reasons) if reason)
+    fitting = [length for length, reason in zip(answers, reasons, strict=True) if not reason]
+    if len(fitting) < 2:
+        return Cut(FEW_ANSWERS if fitting else reasons[0], without=without)
+    return replace(cut(prompt, fitting, limits), without=without)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from rlhf.data.formats import Kind, Record, convert, detect, pair_up, require
+from rlhf.data.formats import Kind, Record, convert, detect, require
 from rlhf.data.mapping import Mapping
 from rlhf.data.report import SourceReport
+from rlhf.data.reshape import as_answers, as_lists, pair_up
 from rlhf.data.sources import all_sources, locate, read_rows
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
@@ -25,9 +26,13 @@ def read_records(source: SourceBlock, key: str, kind: Kind, report: SourceReport
             report.read += 1
             yield convert(row, where, report.format, source)
 
-    if kind != "pairs" or not source.pair_labels:
-        return records()
-    return pair_up(records(), report.dropped)
+    if kind == "answers":
+        return as_answers(records())
+    if kind == "lists":
+        return as_lists(records())
+    if kind == "pairs" and source.pair_labels:
+        return pair_up(records(), report.dropped)
+    return records()
 
 
 def check_records(data: DataBlock, kind: Kind) -> None:

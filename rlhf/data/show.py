@@ -50,12 +50,22 @@ def _shown(record: Record, found: str, chat: ChatTemplate, kind: Kind, data: Dat
     kept = sum(len(part) for part in (fitted.prompt, *(ids for ids, _ in fitted.sides))) if not problem else 0
     notes = [f"dropped: {problem}"] if problem else list(fitted.changes)
     title = "  ".join([record.where, found, f"{kept} tokens kept", *notes])
-    names = {0: ["prompt"], 1: ["row"], 2: ["chosen", "rejected"]}[len(one.sides)]
     sides = one.sides or ((np.zeros(0, np.int32), np.zeros(0, np.bool_)),)
+    left_out = range(len(sides)) if problem else one.cut(limits).without
     lines = [
-        _line(name, one, side, chat.tokenizer, limits, bool(problem)) for name, side in zip(names, sides, strict=True)
+        _line(name, one, side, chat.tokenizer, limits, i in left_out)
+        for i, (name, side) in enumerate(zip(_names(record, kind), sides, strict=True))
     ]
     return Shown(title, tuple(lines))
+
+
+def _names(record: Record, kind: Kind) -> list[str]:
+    """What each sequence of a row is called."""
+    if kind == "lists":
+        return [f"answer {i}, score {score:g}" for i, score in enumerate(record.scores, start=1)]
+    if kind == "answers":
+        return [f"{'good' if record.label else 'bad'} answer, reward {record.reward:g}"]
+    return {"prompts": ["prompt"], "tokens": ["row"], "pairs": ["chosen", "rejected"]}[kind]
 
 
 def _line(

@@ -26,7 +26,7 @@ from rlhf.errors import DataError, RecipeError, ServiceError, UnsafeError
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
 DEMO = "demo:"  # rows that are generated on the spot, see rlhf/data/demo.py
-DEMO_NAMES = ("sft", "pairs", "prompts", "eval_prompts", "eval_pairs")
+DEMO_NAMES = ("sft", "pairs", "lists", "prompts", "eval_prompts", "eval_pairs", "eval_lists")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves beside the data
 _SPLITS = {
@@ -93,7 +93,7 @@ def _demo_name(source: SourceBlock) -> str:
 
 
 @functools.cache
-def _demo_rows(name: str) -> list[dict[str, str]]:
+def _demo_rows(name: str) -> list[dict[str, Any]]:
     return demo_rows(name)
 
 

@@ -144,7 +144,8 @@ class SourceBlock(Block):
     )
     path: str | None = Field(
         None,
-        description="file, folder of data files, save_to_disk folder, hub id, or demo:sft, demo:pairs, demo:prompts",
+        description="file, folder of data files, save_to_disk folder, hub id, or demo:sft, demo:pairs, demo:lists, "
+        "demo:prompts",
     )
     name: str | None = Field(None, description="configuration of a hub dataset")
     split: str = Field("train", description="split of a hub dataset or save_to_disk folder")
@@ -162,6 +163,8 @@ class SourceBlock(Block):
         "alpaca",
         "prompts",
         "labelled",
+        "scored",
+        "lists",
     ] = Field("auto", description="row format; auto looks at the columns and says what it found")
     columns: dict[str, str] = Field({}, description="canonical name -> column of the file, e.g. {prompt: question}")
     templates: dict[str, str] = Field(

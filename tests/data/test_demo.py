@@ -20,6 +20,7 @@ from rlhf.data.demo import (
     gold_reward,
     held_out,
     join,
+    lists,
     optimum,
     pairs,
     preference,
@@ -28,7 +29,7 @@ from rlhf.data.demo import (
 )
 from rlhf.data.grammar import go_on, parses, render, tokenize
 
-SMALL = DemoSizes(sft=300, pairs=300, prompts=200, eval_prompts=100, eval_pairs=150)
+SMALL = DemoSizes(sft=300, pairs=300, prompts=200, eval_prompts=100, eval_pairs=150, lists=200, eval_lists=50)
 PROMPT = "we saw this western at the festival"
 
 
@@ -147,18 +148,37 @@ def test_preference():
     assert bayes_accuracy(rows) == 0.5, "both at the floor"
 
 
+def test_lists_are_ordered_by_plackett_luce():
+    """How often each answer is the best, and how often the first beats the second, as the gold rewards have it."""
+    rows = list(itertools.islice(lists(random.Random(1), evaluation=False), 2000))
+    is_best, is_better, spread = 0.0, 0.0, 0.0
+    for row in rows:
+        gold = [gold_reward(row["prompt"], answer) for answer in row["answers"]]
+        assert len(set(row["answers"])) == len(row["scores"]) == 4
+        chance = math.exp(gold[0]) / sum(map(math.exp, gold))
+        first, second = row["scores"][:2]
+        is_best += (max(row["scores"]) == first) - chance
+        is_better += (first > second) - preference(gold[0], gold[1])
+        spread += chance * (1 - chance)
+    assert abs(is_best) < 4 * math.sqrt(spread)
+    assert abs(is_better) < 4 * math.sqrt(len(rows) / 4)
+    noise = statistics.mean(row["scores"][2] - gold_reward(row["prompt"], row["answers"][2]) for row in rows)
+    assert noise == pytest.approx(0.5772, abs=4 * math.pi / math.sqrt(6 * len(rows)))
+
+
 def test_files(tmp_path):
     paths = write_demo_data(tmp_path / "a", 5, SMALL)
     again = write_demo_data(tmp_path / "b", 5, SMALL)
     other = write_demo_data(tmp_path / "c", 6, SMALL)
     keys = {"sft": {"prompt", "completion"}, "prompts": {"prompt"}, "eval_prompts": {"prompt"}}
+    keys |= {name: {"prompt", "answers", "scores"} for name in ("lists", "eval_lists")}
     for name, path in paths.items():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
         assert path.read_bytes() == again[name].read_bytes() != other[name].read_bytes()
-        assert len(rows) == vars(SMALL)[name] == len({tuple(row.values()) for row in rows})
+        assert len(rows) == vars(SMALL)[name] == len(set(map(str, rows)))
         assert rows == demo_rows(name, 5, SMALL)
         assert all(row.keys() == (keys[name] if name in keys else {"prompt", "chosen", "rejected"}) for row in rows)
-    assert paths.keys() == {"sft", "pairs", "prompts", "eval_prompts", "eval_pairs"}
+    assert paths.keys() == {"sft", "pairs", "prompts", "eval_prompts", "eval_pairs", "lists", "eval_lists"}
 
 
 def test_held_out_prompts_are_in_no_training_file():

@@ -11,9 +11,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data.chat import ChatTemplate
-from rlhf.data.drafts import EMPTY, EMPTY_PROMPT, EQUAL, REWRITTEN, UNTRAINED
+from rlhf.data.drafts import EMPTY, EMPTY_PROMPT, REWRITTEN, UNTRAINED
 from rlhf.data.examples import LEFT_OUT, Loaded, load_examples, raw_texts
-from rlhf.data.formats import BAD_LABEL, NO_ANSWER, NO_PARTNER, OTHER_PROMPT
+from rlhf.data.formats import BAD_LABEL, EQUAL, NO_ANSWER, NO_PARTNER, OTHER_PROMPT
 from rlhf.data.limits import ANSWER_CUT, LONG, LONG_ANSWER, LONG_PROMPT, NO_ROOM, PROMPT_CUT
 from rlhf.data.messages import message
 from rlhf.errors import DataError

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from rlhf.data.formats import NO_ANSWER, NO_PARTNER, OTHER_PROMPT, Record, convert, detect, pair_up, reward_fields
+from rlhf.data.formats import NO_ANSWER, NO_PARTNER, OTHER_PROMPT, OTHER_PROMPTS, Record, convert, detect, reward_fields
 from rlhf.data.mapping import Mapping
 from rlhf.data.messages import message
+from rlhf.data.reshape import pair_up
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.schema import SourceBlock
 
@@ -71,6 +72,8 @@ SINGLE = {
         [a("done")],
     ),
     "labelled": ({"prompt": "p", "completion": "c", "label": 1}, [u("p")], [a("c")]),
+    "scored": ({"prompt": "p", "completion": "c", "score": "-1.5"}, [u("p")], [a("c")]),
+    "scored sharegpt": ({"conversations": SHARE, "score": 2}, [u("hi")], [a("hello")]),
     "labelled messages": ({"messages": [u("p"), a("c")], "label": True}, [u("p")], [a("c")]),
     "labelled sharegpt": ({"conversations": SHARE, "label": "true"}, [u("hi")], [a("hello")]),
 }
@@ -145,6 +148,37 @@ def test_formats_with_two_answers(case: str) -> None:
     assert found == case.split()[0]
     assert parts(record) == ("pair", prompt, (chosen, rejected))
     assert (record.problem, record.margin) == ("", 2.0)
+
+
+def test_lists() -> None:
+    row = {"prompt": "p", "answers": ["x", [a("y"), u("q"), a("z")], a("x")], "scores": [1, 0, 1.5]}
+    found, record = read({**row, "source": 7}, system="s")
+    assert (found, record.kind, record.prompt) == ("lists", "list", [s("s"), u("p")])
+    assert record.answers == [[a("x")], [a("y"), u("q"), a("z")], [a("x")]]
+    assert (record.scores, record.fields) == ((1.0, 0.0, 1.5), {"prompt": "p", "scores": [1, 0, 1.5], "source": 7})
+    whole = [[u("p"), a("x")], [u("p"), a("y")]]
+    record = read({"prompt": [u("p")], "answers": whole, "ranks": [2, 1]})[1]
+    assert (record.answers, record.scores) == ([[a("x")], [a("y")]], (-2.0, -1.0))
+    both = {"prompt": "p", "answers": ["x", "y"], "scores": [3, 4], "place": [1, 2]}
+    assert read(both, columns={"ranks": "place"})[1].scores == (-1.0, -2.0)
+    assert read({"prompt": "p", "answers": ["x"]})[1].fields == {"prompt": "p", "answers": ["x"]}  # of a prompt
+
+
+def test_lists_that_cannot_be_used_say_why() -> None:
+    row = {"prompt": "p", "scores": [1, 0]}
+    assert read({**row, "answers": ["x", [a("y"), u("z")]]})[1].problem == NO_ANSWER
+    assert read({**row, "answers": ["x", [u("p")]]})[1].problem == NO_ANSWER
+    assert read({**row, "answers": ["x", [u("other"), a("y")]]})[1].problem == OTHER_PROMPTS
+
+
+def test_numbers_of_pairs() -> None:
+    row = {"prompt": "p", "chosen": "c", "rejected": "r"}
+    scored = {"score_chosen": 2, "score_rejected": "1.5", "win_rate_chosen": 0.8, "win_rate_rejected": 0.1}
+    record = read({**row, **scored})[1]
+    assert (record.scores, record.win_rates, record.margin) == ((2.0, 1.5), (0.8, 0.1), 0.0)
+    assert (read(row)[1].scores, read({**row, "score_chosen": 2})[1].scores) == ((), ())
+    record = read({**row, "better": 2, "worse": 1}, columns={"score_chosen": "better", "score_rejected": "worse"})[1]
+    assert record.scores == (2.0, 1.0)
 
 
 def test_texts_and_prompts() -> None:
@@ -250,6 +284,41 @@ BAD_ROWS = {
     "margin": (
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": "much"},
         "margin: expected a number, found 'much'",
+    ),
+    "score": ({"prompt": "p", "completion": "c", "score": None}, "score: expected a number, found null"),
+    "density": (
+        {"prompt": "p", "completion": "c", "score": 1, "density": 1},
+        "density: expected a number between 0 and 1, found the number 1",
+    ),
+    "score of a side": (
+        {"prompt": "p", "chosen": "c", "rejected": "r", "score_chosen": float("inf"), "score_rejected": 1},
+        "score_chosen: expected a number, found the number inf",
+    ),
+    "one answer": (
+        {"prompt": "p", "answers": ["x"], "scores": [1]},
+        "answers: expected at least 2 answers to compare, found 1",
+    ),
+    "no list": ({"prompt": "p", "answers": "xy", "scores": [1]}, "answers: expected a list of answers, found 'xy'"),
+    "answer": ({"prompt": "p", "answers": ["x", 3], "scores": [1, 2]}, "answers[1]: expected text, found the number 3"),
+    "no messages in an answer": (
+        {"prompt": "p", "answers": [[], "x"], "scores": [1, 2]},
+        "answers[0]: expected at least one message, found an empty list",
+    ),
+    "lengths": (
+        {"prompt": "p", "answers": ["x", "y"], "scores": [1, 2, 3]},
+        "scores: expected one for each of 2 answers, found 3",
+    ),
+    "text score": (
+        {"prompt": "p", "answers": ["x", "y"], "scores": [1, "2"]},
+        "scores[1]: expected a number, found '2'",
+    ),
+    "nan score": (
+        {"prompt": "p", "answers": ["x", "y"], "scores": [float("nan"), 2]},
+        "scores[0]: expected a number, found the number nan",
+    ),
+    "rank": (
+        {"prompt": "p", "answers": ["x", "y"], "ranks": [0, 1]},
+        "ranks[0]: expected a rank from 1, the best, found the number 0",
     ),
     "margin nan": (
         {"prompt": "p", "chosen": "c", "rejected": "r", "margin": float("nan")},

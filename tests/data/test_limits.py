@@ -4,7 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from rlhf.data.limits import LONG, LONG_ANSWER, LONG_PROMPT, NO_ROOM, Cut, Limits, cut, limits_of
+from rlhf.data.limits import (
+    FEW_ANSWERS,
+    LONG,
+    LONG_ANSWER,
+    LONG_PROMPT,
+    NO_ROOM,
+    Cut,
+    Limits,
+    cut,
+    cut_list,
+    limits_of,
+)
 from rlhf.errors import RecipeError
 from rlhf.recipe.schema import DataBlock
 
@@ -38,6 +49,24 @@ from rlhf.recipe.schema import DataBlock
 )
 def test_cut(prompt: int, answers: list[int], maximum: int | None, rule: str, expected: Cut) -> None:
     assert cut(prompt, answers, Limits(10, maximum, rule)) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers", "rule", "expected"),
+    [
+        (6, [2, 4], "drop", Cut()),
+        (6, [2, 5, 4], "drop", Cut(without=(1,))),
+        (6, [5, 4], "drop", Cut(FEW_ANSWERS, without=(0,))),
+        (6, [5, 6], "drop", Cut(LONG, without=(0, 1))),
+        (6, [2, 10, 5], "truncate_prompt", Cut(prompt=1, without=(1,))),
+        (6, [10, 11], "truncate_prompt", Cut(LONG_ANSWER, without=(0, 1))),
+        (6, [2, 9], "truncate_answer", Cut(answer=4)),
+        (10, [2, 9], "truncate_answer", Cut(NO_ROOM, without=(0, 1))),
+        (6, [2, 5], "error", Cut(LONG)),
+    ],
+)
+def test_cut_list(prompt: int, answers: list[int], rule: str, expected: Cut) -> None:
+    assert cut_list(prompt, answers, Limits(10, None, rule)) == expected  # type: ignore[arg-type]
 
 
 def test_prompts_leave_room_for_the_answer() -> None:

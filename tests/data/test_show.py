@@ -48,6 +48,21 @@ def test_both_sides_of_pairs_and_the_fate_of_long_ones(write: Write, plain: PreT
     assert "chosen (3 trained, 1 context, 4 dropped): <s>{QQQQ}[XX</s>]" in cut and "prompt cut on the left" in cut
 
 
+def test_single_answers_and_lists(write: Write, plain: PreTrainedTokenizerFast) -> None:
+    pair = {"prompt": "QQQQ", "chosen": "XX", "rejected": "ZZZ"}
+    text = printed(DataBlock(path=write("a.jsonl", [pair])), plain, "answers", count=2)
+    assert "good answer, reward 1 (3 trained, 5 context): <s>QQQQ[XX</s>]" in text
+    assert "bad answer, reward -1 (4 trained, 5 context): <s>QQQQ[ZZZ</s>]" in text
+    row = {"prompt": "QQQQ", "answers": ["X", "Z" * 9, "Y"], "scores": [0.5, 2, -1]}
+    path = write("b.jsonl", [row, {**row, "answers": ["X", "Z" * 9, "Y" * 9]}])
+    text = printed(DataBlock(path=path, max_length=10), plain, "lists", count=2)
+    assert f"{path}:1  lists  9 tokens kept  answers of a list left out as too long" in text
+    assert "answer 1, score 0.5 (2 trained, 5 context): <s>QQQQ[X</s>]" in text
+    assert "answer 2, score 2 (15 dropped): {<s>QQQQZZZZZZZZZ</s>}" in text
+    assert f"{path}:2  lists  0 tokens kept  dropped: fewer than two answers of a list fit" in text
+    assert "answer 1, score 0.5 (7 dropped): {<s>QQQQX</s>}" in text
+
+
 def test_prompts_and_errors_are_shown(write: Write, plain: PreTrainedTokenizerFast) -> None:
     path = write("a.jsonl", [{"prompt": "Q" * 3}, {"prompt": "Q" * 30}])
     data = DataBlock(path=path, max_length=20, on_long="error")
