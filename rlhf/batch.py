@@ -80,8 +80,7 @@ class Pairs(Rows):
     chosen: Tokens
     rejected: Tokens
     margin: Tensor  # (B,) float32, 0 where the data has none
-    ref_chosen: Tensor | None = None  # (B,) summed reference log-probs, where precomputed
-    ref_rejected: Tensor | None = None
+    ref: Tensor | None = None  # (B, 2) summed reference log-probs of chosen and rejected, where precomputed
     scores: Tensor | None = None  # (B, 2) float32 of chosen and rejected; None where any row lacks them
     win_rates: Tensor | None = None  # (B, 2) float32 in [0, 1], the same
     row: Tensor | None = None  # (B,) int64, numbers of the dataset's records
@@ -90,7 +89,7 @@ class Pairs(Rows):
     def __post_init__(self) -> None:
         _expect("rejected", self.rejected.ids[:, 0], (len(self.chosen),))
         _expect("margin", self.margin, (len(self.chosen),))
-        _expect_present({"scores": self.scores, "win_rates": self.win_rates}, (len(self.chosen), 2))
+        _expect_present({"ref": self.ref, "scores": self.scores, "win_rates": self.win_rates}, (len(self.chosen), 2))
         _expect_present({"row": self.row, **(self.extras or {})}, (len(self.chosen),))
 
 
@@ -127,6 +126,11 @@ class Lists(Rows):
     present: Tensor  # (B, K) bool
     row: Tensor  # (B,) int64, numbers of the dataset's records
     ref: Tensor | None = None  # (B, K) summed reference log-probs, where precomputed
+    extras: dict[str, Tensor] | None = None  # (B,) each: what the whole batch says of every row
+
+    def answers(self) -> Tokens:
+        """The answers that are there, list by list, as rows."""
+        return Tokens(self.ids[self.present], self.attention[self.present], self.mask[self.present])
 
     def __post_init__(self) -> None:
         shape = tuple(self.ids.shape)

@@ -121,9 +121,7 @@ def turned(pair: PairExample) -> PairExample:
         pair.chosen_ids,
         pair.chosen_mask,
         pair.margin,
-        row=pair.row,
-        scores=None,
-        win_rates=None,
+        pair.row,
     )
 
 

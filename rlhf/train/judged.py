@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import zip_longest
 from typing import Any
 
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import collate
-from rlhf.data.examples import Loaded
-from rlhf.data.mismatch import mismatched_partners
-from rlhf.engine.engine import Engine
+from rlhf.data.examples import AnswerExample, ListExample, Loaded, PairExample
+from rlhf.data.mismatch import partners as mismatched_partners
 from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.train import roles
 from rlhf.train.coupling import PreferenceCollector, PreferenceState
@@ -87,48 +87,62 @@ def datasets(
     terms: Sequence[Term],
     reference: Callable[[], Reference],
 ) -> tuple[Dataset, Dataset]:
-    """Training and held-out rows, with the reference's log-probs where a loss compares with it."""
+    """Training and held-out rows, with the reference's log-probs where a loss compares with it.
+
+    Only training rows have a mismatched answer: what looks at the whole batch has no value on held-out ones.
+    """
     recipe = job.recipe
     assert isinstance(recipe, PreferenceRecipe)
-    examples, split, pad = [*data.train, *data.eval], len(data.train), tokenizer.pad_token_id
-    # Partners are sought on either side of the split alone, so that held-out answers stay unseen.
-    wants_partners = any(term.needs_mismatched for term in terms)
-    sides = [data.train, data.eval] if wants_partners else []
-    partners = [mismatched_partners(side, recipe.train.seed) if side else [] for side in sides]
+    partners = None
+    if any(term.needs_mismatched for term in terms):
+        found = mismatched_partners(data.train, recipe.train.seed, recipe.data.max_length)
+        partners = [data.train[place] for place in found]
+    compares = any(term.block.reference for term in terms)
 
-    def dataset(rows: list[Any], others: list[int] | None) -> Dataset:
-        if recipe.loss.rows == "pairs":
-            return pair_dataset(rows, pad)
-        return list_dataset(rows, pad) if recipe.loss.rows == "lists" else answer_dataset(rows, others, pad)
+    def side(examples: list[Any], others: list[AnswerExample] | None) -> Dataset:
+        dataset = rows_for(recipe.loss.rows, examples, others, tokenizer.pad_token_id)
+        if not compares or not examples:
+            return dataset
+        columns = {"pairs": 2, "answers": 1 if others is None else 2, "lists": most_answers(examples)}[recipe.loss.rows]
+        key = reference_key(job, tokenizer, [token_parts(*row) for row in zip_longest(examples, others or [])])
 
-    plain = [dataset(rows, partners[i] if partners else None) for i, rows in enumerate((data.train, data.eval))]
-    if not any(term.block.reference for term in terms):
-        return plain[0], plain[1]
-    joined = partners[0] + [split + place for place in partners[1]] if partners else None
-    both = dataset(examples, joined)
-    columns = {"pairs": 2, "answers": 2 if wants_partners else 1}.get(recipe.loss.rows) or longest(examples)
+        def compute() -> Tensor:
+            return logprobs_of_rows(reference(), dataset, columns, recipe.train.micro_batch)
 
-    def compute() -> Tensor:
-        return logprobs_of_rows(reference(), both, columns, recipe.train.micro_batch)
+        shape = (len(examples), columns)
+        return with_reference(dataset, cached_logprobs(job.folder.root / "cache", key, shape, compute))
 
-    key = reference_key(job, tokenizer, examples, joined or [])
-    logprobs = cached_logprobs(job.folder.root / "cache", key, (len(examples), columns), compute)
-    return with_reference(plain[0], logprobs[:split]), with_reference(plain[1], logprobs[split:])
+    return side(data.train, partners), side(data.eval, None)
 
 
-def answer_dataset(examples: list[Any], partners: list[int] | None, pad_id: int) -> Dataset:
-    """Rows for losses on single answers; a row with a mismatched answer costs both."""
+def rows_for(kind: str, examples: list[Any], others: list[AnswerExample] | None, pad_id: int) -> Dataset:
+    """A dataset of one of the three kinds. others: for every row the one whose answer is put after its prompt, too."""
+    if kind == "pairs":
+        return pair_dataset(examples, pad_id)
+    if kind == "lists":
+        return list_dataset(examples, pad_id)
 
     def batch(rows: list[int]) -> Any:
-        others = None if partners is None else [examples[partners[i]] for i in rows]
-        return collate.answers([examples[i] for i in rows], others, pad_id)
+        mismatched = None if others is None else [others[i] for i in rows]
+        return collate.answers([examples[i] for i in rows], pad_id, mismatched)
 
-    return Dataset([len(e.prompt_ids) + len(e.answer_ids) for e in examples], batch)
+    return Dataset([example.lengths()[0] for example in examples], batch)
 
 
-def longest(examples: Sequence[Any]) -> int:
-    """Answers of the longest list."""
-    return max(len(example.answers) for example in examples)
+def most_answers(examples: Sequence[Any]) -> int:
+    """Answers of the longest list; 0 of other rows."""
+    return max((len(example.answers) for example in examples if isinstance(example, ListExample)), default=0)
+
+
+def token_parts(example: Any, other: AnswerExample | None) -> list[Any]:
+    """The ids that a row's reference log-probs depend on."""
+    if isinstance(example, PairExample):
+        answers = [example.chosen_ids, example.rejected_ids]
+    elif isinstance(example, ListExample):
+        answers = [ids for ids, _ in example.answers]
+    else:
+        answers = [example.answer_ids]
+    return [example.prompt_ids, *answers, *([other.answer_ids] if other is not None else [])]
 
 
 class _Lazy:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.batch import Answers, Lists, Pairs
 from rlhf.data import chat
-from rlhf.data.examples import AnswerExample, ListExample, PairExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.recipe.stages import PreferenceRecipe
@@ -88,23 +87,20 @@ def _columns(reference: Reference, batch: Any) -> Tensor:
     return sums.new_zeros(present.shape).masked_scatter(present, sums)
 
 
-def reference_key(
-    job: Job,
-    tokenizer: PreTrainedTokenizerFast,
-    examples: Sequence[PairExample | AnswerExample | ListExample],
-    partners: Sequence[int],
-) -> list[str]:
-    """Hashes of everything that the reference's log-probs depend on: its weights, its type, and every token."""
+def reference_key(job: Job, tokenizer: PreTrainedTokenizerFast, rows: Sequence[Sequence[Any]]) -> list[str]:
+    """Hashes of everything that the reference's log-probs depend on: its weights, its type, and every token.
+
+    rows: of every row the prompt's ids, then those of every answer.
+    """
     recipe = job.recipe
     assert isinstance(recipe, PreferenceRecipe)
     named = "reference" if recipe.reference.from_ or recipe.reference.path else "model"
     ref = recipe.reference if named == "reference" else recipe.model
     weights = job.parents[named].content_hash if named in job.parents else f"{ref.path}@{ref.revision}"
     digest = hashlib.sha256()
-    for example in examples:
-        for part in (example.prompt_ids, *example.answer_parts()):
+    for row in rows:
+        for part in row:
             digest.update(len(part).to_bytes(4, "big") + part.tobytes())
-    digest.update(repr(list(partners)).encode())
     return [weights, recipe.model.dtype, chat.tokenizer_hash(tokenizer), digest.hexdigest()]
 
 
