@@ -6,12 +6,14 @@ V is the vocabulary size; a `(..., V)` tensor is by far the largest thing in tra
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import softplus
 
 from rlhf.algo.masked import at_least_float32, row_sums
 
@@ -64,6 +66,35 @@ def entropy(logits: Tensor) -> Tensor:
     logits = at_least_float32(logits)
     finite = torch.where(logits == -torch.inf, logits.new_zeros(()), logits)
     return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
+
+
+def log1mexp(logprobs: Tensor) -> Tensor:
+    """log(1 - e^x) of x < 0: (...) -> (...), at least float32.
+
+    From expm1 above -log 2 and log1p below, so that no digits are lost on either side. x is kept 8 roundings away from
+    0, at which the value is -inf; above, it has no gradient.
+    """
+    x = at_least_float32(logprobs)
+    x = x.clamp(max=-8 * torch.finfo(x.dtype).eps)
+    return torch.where(x > -math.log(2), (-torch.expm1(x)).log(), torch.log1p(-x.exp()))
+
+
+def token_contrast(logits: Tensor, targets: Tensor, *, k: int) -> Tensor:
+    """E log(1 + e^(z_target - z_s)) over s drawn from the softmax of the k best tokens that are not the target.
+
+    (..., V), (...,) -> (...,) >= 0, at least float32, of raw logits z; no gradient through the odds of s. A target far
+    below those tokens has none left. The paper draws one s: the expectation has the draw's mean value and mean gradient
+    with less noise, and does not depend on which rank draws.                                        [arXiv:2211.05826]
+    """
+    num_best = min(k + 1, logits.shape[-1])
+    best, tokens = logits.topk(num_best)
+    best = at_least_float32(best)  # (..., k + 1): with the target among them, or with one too many
+    is_target = tokens == targets.unsqueeze(-1)
+    is_last = torch.arange(num_best, device=logits.device) == num_best - 1
+    dropped = is_target | (is_last & (num_best > k) & ~is_target.any(-1, keepdim=True))
+    odds = best.detach().masked_fill(dropped, -torch.inf).softmax(-1)
+    target = at_least_float32(logits.gather(-1, targets.unsqueeze(-1)))
+    return (odds * softplus(target - best)).sum(-1)
 
 
 def _smallest_kept(logits: Tensor, top_k: int, top_p: float) -> Tensor | None:

@@ -16,10 +16,12 @@ class Traits:
 
     reference: it compares with a reference policy. average, scale: its implicit reward is the log-ratio (without a
     reference: the log-prob), per token or summed, times the option of this name (None: times 1).
-    at_reference: options -> its value where policy and reference agree, lengths and labels being equal; None: not fixed.
+    at_reference: options -> its value where policy and reference agree, lengths and scores being equal and as many
+    answers good as bad; None: not fixed.
     signs: whose gradient never has the wrong sign (<= 0 on a chosen answer, >= 0 on a rejected one).
     invariant: the same constant added to policy and reference of a row changes nothing.
-    unbounded: it has no smallest value. couple: what it needs of the whole batch, see `coupling.py`; not of a row alone.
+    unbounded: it has no smallest value (the others never fall below 0).
+    couple: what it needs of the whole batch and not of a row alone, see `coupling.py`.
     """
 
     reference: bool = True

@@ -1,11 +1,16 @@
-"""Losses of reward models on pairs of scores; one loss per pair, nothing averaged."""
+"""Losses of reward models on pairs or lists of scores; one loss per pair or list, nothing averaged.
+
+On lists: scores (B, K) are the model's, labels (B, K) the data's, higher being better, present (B, K) bool says which
+answers there are.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rlhf.algo.masked import at_least_float32
+from rlhf.algo.masked import at_least_float32, select
 from rlhf.algo.registry import Registry
 
 REWARD_LOSSES = Registry("reward-model loss")
@@ -33,6 +38,31 @@ def rm_bt_smooth(
     logit = _advantage(chosen, rejected, margin)
     smooth = -(1 - label_smoothing) * logsigmoid(logit) - label_smoothing * logsigmoid(-logit)
     return smooth + _centring(chosen, rejected, center_coef)
+
+
+@REWARD_LOSSES.register("rm_kwise", paper="arXiv:2203.02155 eq. 1")
+def rm_kwise(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+    """Mean over the list's pairs i better than j of -log sigmoid(score_i - score_j): (B, K) three times -> (B,).
+
+    A prompt counts once, however many answers it has; equal labels make no pair, and a list without any has loss 0.
+    """
+    both = present.unsqueeze(-1) & present.unsqueeze(-2)
+    better = (labels.unsqueeze(-1) > labels.unsqueeze(-2)) & both  # [b, i, j]
+    scores = select(at_least_float32(scores), present)
+    losses = -logsigmoid(scores.unsqueeze(-1) - scores.unsqueeze(-2))
+    return select(losses, better).sum((-2, -1)) / better.sum((-2, -1)).clamp(min=1)
+
+
+@REWARD_LOSSES.register("rm_softmax", paper="arXiv:1909.08593 eq. 1")
+def rm_softmax(scores: Tensor, labels: Tensor, present: Tensor) -> Tensor:
+    """log(sum of e^score) - score of the best, which has the highest label: (B, K) three times -> (B,).
+
+    `rm_bt` where K = 2. The first of several best ones is taken.
+    """
+    scores = select(at_least_float32(scores), present)
+    total = torch.where(present, scores, -torch.inf).logsumexp(-1)
+    best = torch.where(present, at_least_float32(labels), -torch.inf).argmax(-1, keepdim=True)
+    return total - scores.gather(-1, best).squeeze(-1)
 
 
 def pair_accuracy(chosen: Tensor, rejected: Tensor) -> Tensor:
