@@ -8,13 +8,19 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
+from rlhf.algo.registry import Traits
+from rlhf.batch import AnswerLogprobs, ListLogprobs, PairLogprobs
 from rlhf.data.formats import detect
 from rlhf.data.sources import DEMO_NAMES
-from rlhf.recipe.fields import option_at, tags
+from rlhf.recipe.fields import option_at, shape_of, tags
 from rlhf.recipe.guard_options import metric_of_alarms
+from rlhf.recipe.options import PreferenceLoss
 from rlhf.recipe.schema import SourceBlock
 from rlhf.recipe.stages import GRPORecipe
+from rlhf.train.describe_preferences import describe
+from rlhf.train.preference import Term
 from scripts.make_docs import pages
 
 ROOT = Path(__file__).parents[1]
@@ -35,7 +41,7 @@ def test_the_table_of_metrics_is_complete_and_no_more():
         if line.startswith("| `"):
             cells = line.split("|")
             assert len(cells) == 5 and cells[2].strip(), line
-            table |= set(re.findall(r"`([a-z_/0-9]+)`", cells[1]))
+            table |= set(re.findall(r"`([a-z_/0-9*]+)`", cells[1]))
     assert table == written_names()
 
 
@@ -47,6 +53,8 @@ def written_names() -> set[str]:
         found |= {f"{group}/{name}" for name in names | steps}
         if group == "train":  # the objectives that are evaluated on held-out rows too
             found |= {f"eval/{name}" for name in names}
+    found |= {f"{group}/{name}" for group in ("train", "eval") for name in (*described_names(), "loss_*")}
+    found |= coupling_names()
     rewards = option_at(GRPORecipe, ["rewards"], {})
     assert rewards is not None and rewards.shape.item is not None
     found |= {f"{group}/{kind}" for group in ("reward", "test") for kind in tags(rewards.shape.item)}
@@ -55,16 +63,47 @@ def written_names() -> set[str]:
 
 def full_names() -> set[str]:
     """Names written out, group and all."""
-    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|label|speed|test|kl)/[a-z_0-9]+")
+    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|label|speed|test|kl|coupling)/[a-z_0-9]+")
     nodes = [node for path in TRAIN.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {text for text in texts if pattern.fullmatch(text)}
 
 
+def described_names() -> set[str]:
+    """What is logged of pairs, answers and lists, whatever the loss."""
+    ones, two = torch.ones(2), torch.ones(2, 2)
+    views = [
+        PairLogprobs(ones, ones, ones, ones, ones, ones),
+        AnswerLogprobs(ones, ones, ones, ones.bool()),
+        ListLogprobs(two, two, two, two, two.bool()),
+    ]
+    return {name for view in views for name in describe(view, Traits(), 1.0)}
+
+
+def coupling_names() -> set[str]:
+    """What the losses that look at the whole batch say of it: numbers for all rows, and what they remember."""
+    found = set()
+    for term in [Term.of(block()) for block in shape_of(PreferenceLoss).blocks]:
+        if term.couple is not None:
+            values = torch.linspace(-3, -1, 8)
+            pairs = PairLogprobs(values, values.flip(0), values, values, values, values)
+            answers = AnswerLogprobs(values, values.flip(0), values, values > -2)
+            view = pairs if term.entry.inputs[0] == "pairs" else answers
+            more = (values,) if term.needs_mismatched else ()
+            inputs, state = term.couple(view, {}, *more, torch.linspace(0.1, 0.9, 8))
+            found |= {f"coupling/{name}" for name, value in inputs.items() if value.dim() == 0}
+            found |= {f"coupling/{term.entry.name}_{name}" for name in state}
+    return found
+
+
 def objective_names() -> dict[str, set[str]]:
     """Group -> names that its objectives hand over as the metrics of a `Loss`."""
     found: dict[str, set[str]] = {}
-    body = ast.parse((TRAIN / "objectives.py").read_text(encoding="utf-8")).body
+    body = [
+        node
+        for file in ("objectives.py", "ranking.py", "preference.py")
+        for node in ast.parse((TRAIN / file).read_text(encoding="utf-8")).body
+    ]
     functions = {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
     for node in body:
         groups = [

@@ -86,7 +86,7 @@ class PreferenceCollector:
                     metrics[f"coupling/{key}"] = float(value)
                 extras[key] = (value if value.dim() else value.expand(size * dist.world_size()))[start : start + size]
             metrics |= {f"coupling/{name}_{key}": value for key, value in self.state.running[name].items()}
-        return {key: value.cpu() for key, value in extras.items()}
+        return {key: (value if value.dtype == torch.bool else value.float()).cpu() for key, value in extras.items()}
 
     def _measure(self, batch: Judged, wants_mismatched: bool) -> tuple[Tensor, ...]:
         """Log-prob sums and tokens of all flat answers, log-ratios of mismatched rows, and values of prompts."""
@@ -96,7 +96,8 @@ class PreferenceCollector:
             for micro in batch.split(self.micro_batch):
                 measured = plain(flat(micro))
                 sums, lengths = row_sums(measured.logprobs, measured.mask), measured.mask.sum(-1)
-                found.append((_by_row(micro, sums), _by_row(micro, lengths.to(sums.dtype)), *self._others(micro, wants_mismatched)))
+                both = (_by_row(micro, sums), _by_row(micro, lengths.to(sums.dtype)))
+                found.append((*both, *self._others(micro, wants_mismatched)))
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
         sums, lengths = (column.T.flatten() if isinstance(batch, Pairs) else column for column in columns[:2])
         mismatched = columns[2] if wants_mismatched else sums.new_zeros(0)

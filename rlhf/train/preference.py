@@ -212,8 +212,8 @@ class PreferenceObjective:
             values = term.function(*(given[name] for name in term.entry.inputs))
             for denominator, losses in (values if isinstance(values, dict) else {"rows": values}).items():
                 terms[part_name(term, denominator)] = (losses.sum(), denominator, term.block.weight)
-        metrics = describe(given[KINDS[type(micro)]], self.terms[0].entry.traits, self.terms[0].reward_scale)
-        return Loss(terms, metrics | {name: (total, unit) for name, (total, unit, _) in terms.items()})
+        found = describe(given[KINDS[type(micro)]], self.terms[0].entry.traits, self.terms[0].reward_scale)
+        return Loss(terms, found | {name: (total, unit) for name, (total, unit, _) in terms.items()})
 
     def total(self, means: dict[str, float]) -> dict[str, float]:
         """The loss as one number, where the means of all its parts are known; their names begin as in `means`."""
@@ -265,8 +265,8 @@ class ValueOfPromptObjective:
         losses = dro_value(
             values, micro.rewards.to(values), micro.extras["log_ratios"].to(values), tau=self.tau
         )
-        parts = {"loss": losses.sum(), "mean": values.sum()}
-        return Loss({"value": (parts["loss"], "rows", 1.0)}, {name: (total, "rows") for name, total in parts.items()})
+        total = losses.sum()
+        return Loss({"value": (total, "rows", 1.0)}, {"loss": (total, "rows"), "mean": (values.sum(), "rows")})
 
 
 def prompt_values(engine: Engine, batch: Answers) -> Tensor:
