@@ -353,6 +353,8 @@ REAL = {
     "alpaca": ("formats/alpaca_en_demo.json", "tokens", {}, "alpaca", 999),
     "sharegpt pairs": ("formats/dpo_en_demo.json", "pairs", {}, "sharegpt_pairs", 300),
     "labelled": ("formats/kto_en_demo.json", "tokens", {}, "labelled", 300),
+    "labelled answers": ("formats/kto_en_demo.json", "answers", {}, "labelled", 300),
+    "lists of pairs": ("formats/dpo_en_demo.json", "lists", {}, "sharegpt_pairs", 300),
 }
 
 
