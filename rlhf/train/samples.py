@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.batch import Rollout
-from rlhf.data.examples import Loaded, PairExample, PromptExample, TokenExample
+from rlhf.data.examples import Example, Loaded, PromptExample, TokenExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import UserError
@@ -75,9 +75,10 @@ def shown_prompts(log: LogBlock, data: Loaded, tokenizer: PreTrainedTokenizerFas
     return [example for example in examples if len(example.ids)]
 
 
-def as_prompt(example: TokenExample | PairExample | PromptExample, tokenizer: PreTrainedTokenizerFast) -> PromptExample:
+def as_prompt(example: Example, tokenizer: PreTrainedTokenizerFast) -> PromptExample:
     """What stands before the first supervised token, to sample from."""
     if isinstance(example, PromptExample):
         return example
-    ids = example.prompt_ids if isinstance(example, PairExample) else example.ids[: int(example.mask.argmax())]
+    is_text = isinstance(example, TokenExample)
+    ids = example.ids[: int(example.mask.argmax())] if is_text else example.prompt_ids
     return PromptExample(ids, example.row, {"prompt": decoder(tokenizer)(ids.tolist())})
