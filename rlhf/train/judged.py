@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
+import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
@@ -12,6 +15,7 @@ from transformers import PreTrainedTokenizerFast
 from rlhf.data import collate
 from rlhf.data.examples import AnswerExample, ListExample, Loaded, PairExample
 from rlhf.data.mismatch import partners as mismatched_partners
+from rlhf.errors import DataError
 from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.train import roles
 from rlhf.train.coupling import PreferenceCollector, PreferenceState
@@ -23,6 +27,8 @@ from rlhf.train.reference import Reference, cached_logprobs, logprobs_of_rows, r
 from rlhf.train.samples import shown_prompts
 from rlhf.train.supervised import Dataset, SupervisedCollector
 
+logger = logging.getLogger("rlhf.preference")
+
 
 def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Preference losses. The reference speaks once, before training, and is gone, unless a loss needs it whole."""
@@ -31,6 +37,8 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     terms = tuple(Term.of(block) for block in (recipe.loss, *recipe.further_losses))
     engine = roles.policy_engine(job, tokenizer)
     reference = _Lazy(lambda: roles.reference(job, tokenizer, engine))
+    if any("rewards" in term.entry.inputs for term in terms):
+        data = with_standard_rewards(data)
     train, held_out = datasets(job, tokenizer, data, terms, reference)
     whole = reference() if any(term.block.whole for term in terms) else None
     contrast = next((term.block.k for term in terms if "contrast" in term.entry.inputs), 0)
@@ -113,6 +121,21 @@ def datasets(
         return with_reference(dataset, cached_logprobs(job.folder.root / "cache", key, shape, compute))
 
     return side(data.train, partners), side(data.eval, None)
+
+
+def with_standard_rewards(data: Loaded) -> Loaded:
+    """Rewards with mean 0 and deviation 1 over the training rows, as the paper of DRO has them."""
+    rewards = [example.reward for example in data.train]
+    mean, std = statistics.fmean(rewards), statistics.pstdev(rewards)
+    if std == 0:
+        what = f"expected rewards that differ, found {mean:g} in every row"
+        raise DataError(what, where="data", fix="There is nothing to learn from them: add other rows.")
+    logger.info("rewards of %d rows: mean %.4g, deviation %.4g; standardised", len(rewards), mean, std)
+
+    def standard(examples: list[AnswerExample]) -> list[AnswerExample]:
+        return [replace(example, reward=(example.reward - mean) / std) for example in examples]
+
+    return replace(data, train=standard(data.train), eval=standard(data.eval))
 
 
 def rows_for(kind: str, examples: list[Any], others: list[AnswerExample] | None, pad_id: int) -> Dataset:

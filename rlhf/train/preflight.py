@@ -153,6 +153,26 @@ def check_rendering(
             raise DataError(what, where=f"{key}: {example.where}", fix=fix) from None
 
 
+_COLUMNS = {"scores": "score_chosen and score_rejected", "win_rates": "win_rate_chosen and win_rate_rejected"}
+
+
+def check_needs(job: Job, data: Loaded) -> None:
+    """Every row has the numbers that a loss learns from beside the answers; a held-out one has what is measured."""
+    recipe = job.recipe
+    if not isinstance(recipe, PreferenceRecipe):
+        return
+    for block in (recipe.loss, *recipe.further_losses):
+        for need in set(block.needs) & set(_COLUMNS):
+            lacking = [e.row for e in (*data.train, *data.eval) if getattr(e, need) is None]
+            if lacking:
+                raise DataError(
+                    f"expected {_COLUMNS[need]} in every row for loss {block.name}, found {len(lacking)} rows without,"
+                    f" the first is row {lacking[0]}",
+                    where=recipe.data.key,
+                    fix="`rlhf label` writes them: data: {from: label}. Or take a loss that needs none: rlhf losses.",
+                )
+
+
 def check_samples(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> None:
     """The sample generations of an offline stage fit into the model behind their prompts."""
     recipe = job.recipe

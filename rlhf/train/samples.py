@@ -70,9 +70,15 @@ class SampleWriter:
 
 
 def shown_prompts(log: LogBlock, data: Loaded, tokenizer: PreTrainedTokenizerFast) -> list[PromptExample]:
-    """The prompts that are sampled from: of the first held-out rows, else of the first training rows."""
-    examples = [as_prompt(example, tokenizer) for example in (data.eval or data.train)[: log.samples]]
-    return [example for example in examples if len(example.ids)]
+    """The prompts that are sampled from: of the first held-out rows, else of the first training rows.
+
+    The two answers of a pair that was taken apart have one prompt, which is shown once.
+    """
+    examples: dict[bytes, PromptExample] = {}
+    for example in (data.eval or data.train)[: 2 * log.samples]:
+        prompt = as_prompt(example, tokenizer)
+        examples.setdefault(prompt.ids.tobytes(), prompt)
+    return [example for example in list(examples.values())[: log.samples] if len(example.ids)]
 
 
 def as_prompt(example: Example, tokenizer: PreTrainedTokenizerFast) -> PromptExample:

@@ -33,7 +33,7 @@ from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
 from rlhf.train.metrics import MetricsLog
 from rlhf.train.parts import Parts
-from rlhf.train.preflight import check_models, check_rewards, check_samples
+from rlhf.train.preflight import check_models, check_needs, check_rewards, check_samples
 from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
 from rlhf.train.shared import published
@@ -111,6 +111,7 @@ def prepare(job: Job) -> tuple[PreTrainedTokenizerFast, Loaded]:
     check_models(job, tokenizer)
     data = load_data(job, tokenizer, kind)
     dist.agreed(lambda: check_rewards(job, tokenizer, data.train))
+    check_needs(job, data)
     check_samples(job, tokenizer, data)
     facts = report_data(data)
     if dist.is_main():
