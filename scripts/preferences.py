@@ -35,7 +35,8 @@ from rlhf.eval.metrics import estimate
 from rlhf.eval.policy import evaluate_policy, load_policy
 from rlhf.models.forward import PolicyModule
 from rlhf.models.tokenizer import load_tokenizer
-from rlhf.recipe.options import LossBlock, PreferenceLoss
+from rlhf.recipe.loss_options import LossBlock
+from rlhf.recipe.options import PreferenceLoss
 from rlhf.recipe.schema import DataBlock
 from rlhf.run.commit import read_json, write_atomic, write_json
 from rlhf.run.lineage import content_hash
@@ -180,9 +181,7 @@ def judged(run: Path, names: Sequence[str], jobs: int) -> dict[str, Verdict]:
         records |= {name: {"key": hashes[name], **asdict(each)} for name, each in zip(missing, found, strict=True)}
     kept.parent.mkdir(exist_ok=True)
     write_json(kept, records)
-    return {
-        name: Verdict(**{key: value for key, value in records[name].items() if key != "key"}) for name in there
-    }
+    return {name: Verdict(**{key: value for key, value in records[name].items() if key != "key"}) for name in there}
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
@@ -223,7 +222,8 @@ def page(found: dict[str, Verdict]) -> str:
     reasons = "\n".join(f"- `{name}` ({found[name].accuracy:.3f}): {REASONS[name]}" for name in low if name in REASONS)
     text = f"## Below {ENOUGH}\n\n{reasons}" if reasons else ""
     prompts = len(demo_rows("eval_prompts"))
-    return TEXT.format(table=table(HEADER, lines), prompts=prompts, sft=found["sft"].accuracy, reasons=text).rstrip() + "\n"
+    sft = found["sft"].accuracy
+    return TEXT.format(table=table(HEADER, lines), prompts=prompts, sft=sft, reasons=text).rstrip() + "\n"
 
 
 def cells(each: Verdict) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from rlhf.errors import CheckpointError, RecipeError
+from rlhf.recipe.stages import RECIPES
 from rlhf.run.rundir import RunDir, StageSummary
 
 out = Console(highlight=False)

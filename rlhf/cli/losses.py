@@ -14,7 +14,8 @@ from rlhf.algo.losses import PREFERENCE_LOSSES
 from rlhf.algo.registry import Entry, Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
 from rlhf.recipe.fields import shape_of
-from rlhf.recipe.options import LossBlock, PreferenceLoss, RewardLoss
+from rlhf.recipe.loss_options import LossBlock
+from rlhf.recipe.options import PreferenceLoss, RewardLoss
 from rlhf.recipe.schema import Block
 
 
@@ -35,30 +36,39 @@ class LossFacts:
 
 def loss_facts() -> Iterator[LossFacts]:
     """Every loss of both stages, in the order of registration."""
-    yield from (_facts(block, entry, "dpo") for block, entry in chosen(PREFERENCE_LOSSES, PreferenceLoss))
-    yield from (_facts(block, entry, "rm") for block, entry in chosen(REWARD_LOSSES, RewardLoss))
+    yield from (_facts(block, entry) for block, entry in chosen(PREFERENCE_LOSSES, PreferenceLoss))
+    for block, entry in chosen(REWARD_LOSSES, RewardLoss):
+        yield LossFacts(entry.name, "rm", entry.paper, block.rows, "none", [], False, defaults(block), intent(block))
 
 
-def chosen(registry: Registry, choice: Any) -> Iterator[tuple[type[Block], Entry]]:
+def chosen(registry: Registry, choice: Any) -> Iterator[tuple[type[Any], Entry]]:
     """The option block and the registered function of every name that a recipe may choose."""
     blocks = {block.model_fields["name"].default: block for block in shape_of(choice).blocks}
     yield from ((blocks[entry.name], entry) for entry in registry)
 
 
-def _facts(block: type[Any], entry: Entry, stage: str) -> LossFacts:
-    assert issubclass(block, LossBlock)
-    reference = "none" if not block.reference else "whole" if block.whole else "log-probs"
+def _facts(block: type[LossBlock], entry: Entry) -> LossFacts:
     return LossFacts(
         name=entry.name,
-        stage=stage,
+        stage="dpo",
         paper=entry.paper,
         rows=block.rows,
-        reference=reference,
+        reference="none" if not block.reference else "whole" if block.whole else "log-probs",
         needs=list(block.needs),
         whole_batch=entry.traits.couple is not None,
-        options={key: info.default for key, info in block.model_fields.items() if key not in ("name", "weight")},
-        intent=(block.__doc__ or "").strip().splitlines()[0],
+        options=defaults(block),
+        intent=intent(block),
     )
+
+
+def defaults(block: type[Block]) -> dict[str, Any]:
+    """The options of a loss with their defaults."""
+    return {key: info.default for key, info in block.model_fields.items() if key not in ("name", "weight")}
+
+
+def intent(block: type[Block]) -> str:
+    """What a loss is for, in a line, without its paper."""
+    return (block.__doc__ or "").strip().splitlines()[0].partition(" (")[0].rstrip(".")
 
 
 def show_losses(*, as_json: bool) -> None:
@@ -75,9 +85,13 @@ def show_losses(*, as_json: bool) -> None:
             table.add_column(header, overflow="fold")
         for each in found:
             if each.stage == stage:
-                options = ", ".join(f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
-                                    for key, value in each.options.items())
-                needs = ", ".join([*each.needs, *(["the whole batch"] if each.whole_batch else [])])
-                table.add_row(each.name, each.rows, each.reference, needs or "-", options or "-", each.intent, each.paper)
+                options = ", ".join(f"{key} {shown(value)}" for key, value in each.options.items()) or "-"
+                needs = ", ".join([*each.needs, *(["the whole batch"] if each.whole_batch else [])]) or "-"
+                table.add_row(each.name, each.rows, each.reference, needs, options, each.intent, each.paper)
         console.print(table)
         console.print()
+
+
+def shown(value: Any) -> str:
+    """A default as one would write it."""
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -81,8 +81,8 @@ class PolicyModule(RoleModule):
         """Log-probs of ids[:, start:] under `sampling`'s distribution, (B, T - start) float32, in nats.
 
         ids, attention: (B, T). Only the positions that predict these tokens enter the head. Where the attention is 0
-        the numbers are finite and mean nothing. Behind the log-probs, of the same shape and in this order, what is asked
-        for of every position:
+        the numbers are finite and mean nothing. Behind the log-probs, of the same shape and in this order, what was
+        asked for of every position:
         entropy: of its distribution, without or with gradient.
         ref_distribution: a reference's log-probs (B, T - start, V): KL(reference || policy).
         contrast: the CRINGE loss of its token against this many others, see `token_contrast`.

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.recipe.options import DroVLoss, PreferenceLoss
+from rlhf.recipe.loss_options import CringeLoss, DroVLoss
+from rlhf.recipe.options import PreferenceLoss
+from rlhf.recipe.pair_options import PairwiseCringeLoss
 from rlhf.recipe.problems import Problem
 from rlhf.recipe.stages import PreferenceRecipe
 
@@ -16,8 +18,9 @@ def losses_share_rows(recipe: PreferenceRecipe) -> Problems:
     first = recipe.loss
     for i, block in enumerate(recipe.further_losses):
         if block.rows != first.rows:
-            what = f"expected a loss on {first.rows}, as loss.name {first.name} is, found {block.name}, one on {block.rows}"
-            yield Problem(f"further_losses.{i}.name", what, "rlhf losses lists what each one learns from", ("loss.name",))
+            what = f"expected a loss on {first.rows}, as {first.name} is, found {block.name}, one on {block.rows}"
+            fix = "rlhf losses lists what each one learns from"
+            yield Problem(f"further_losses.{i}.name", what, fix, ("loss.name",))
 
 
 def each_loss_once(recipe: PreferenceRecipe) -> Problems:
@@ -33,11 +36,12 @@ def each_loss_once(recipe: PreferenceRecipe) -> Problems:
 
 def one_contrast(recipe: PreferenceRecipe) -> Problems:
     """CRINGE's token losses come from one forward pass with one number of contrasting tokens."""
-    found = [(key, block.k) for key, block in _losses(recipe) if "k" in type(block).model_fields]
+    found = [(key, block.k) for key, block in _losses(recipe) if isinstance(block, CringeLoss | PairwiseCringeLoss)]
     for key, k in found[1:]:
         if k != found[0][1]:
             what = f"expected {found[0][1]}, as {found[0][0]}.k is, found {k}"
-            yield Problem(f"{key}.k", what, "both are computed in one pass: give them the same k", (f"{found[0][0]}.k",))
+            fix = "both are computed in one pass: give them the same k"
+            yield Problem(f"{key}.k", what, fix, (f"{found[0][0]}.k",))
 
 
 def unused_reference(recipe: PreferenceRecipe) -> Problems:

@@ -19,8 +19,8 @@ from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import UserError
 from rlhf.train.loop import Collected
-from rlhf.train.preference import Judged, Policy, PreferenceObjective, Term, flat, prompt_values, view_of
 from rlhf.train.objectives import answer_logprobs, trim
+from rlhf.train.preference import Judged, Policy, PreferenceObjective, Term, flat, prompt_values, view_of
 from rlhf.train.seeding import derive
 from rlhf.train.supervised import SupervisedCollector
 

@@ -16,6 +16,8 @@ from rlhf.data import collate
 from rlhf.data.examples import AnswerExample, ListExample, Loaded, PairExample
 from rlhf.data.mismatch import partners as mismatched_partners
 from rlhf.errors import DataError
+from rlhf.recipe.loss_options import CringeLoss, DroVLoss
+from rlhf.recipe.pair_options import PairwiseCringeLoss
 from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.train import roles
 from rlhf.train.coupling import PreferenceCollector, PreferenceState
@@ -34,16 +36,17 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Preference losses. The reference speaks once, before training, and is gone, unless a loss needs it whole."""
     recipe = job.recipe
     assert isinstance(recipe, PreferenceRecipe)
-    terms = tuple(Term.of(block) for block in (recipe.loss, *recipe.further_losses))
+    blocks = (recipe.loss, *recipe.further_losses)
+    terms = tuple(Term.of(block) for block in blocks)
+    valued = next((block for block in blocks if isinstance(block, DroVLoss)), None)
     engine = roles.policy_engine(job, tokenizer)
     reference = _Lazy(lambda: roles.reference(job, tokenizer, engine))
-    if any("rewards" in term.entry.inputs for term in terms):
+    if valued is not None:
         data = with_standard_rewards(data)
     train, held_out = datasets(job, tokenizer, data, terms, reference)
     whole = reference() if any(term.block.whole for term in terms) else None
-    contrast = next((term.block.k for term in terms if "contrast" in term.entry.inputs), 0)
+    contrast = next((block.k for block in blocks if isinstance(block, CringeLoss | PairwiseCringeLoss)), 0)
     objective = PreferenceObjective(Policy(engine, whole, contrast), recipe.train, terms)
-    valued = next((term.block for term in terms if "values" in term.entry.inputs), None)
     critic = roles.prompt_critic(job, tokenizer) if valued is not None else None
     state = PreferenceState()
     rows = SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, start_check(job))
@@ -78,9 +81,7 @@ def start_check(job: Job) -> Callable[[int, dict[str, float]], None]:
 
     def check(step: int, metrics: dict[str, float]) -> None:
         if step == 0 and "reference_gap" in metrics and roles.is_same_start(job):
-            check_same_weights(
-                metrics["reference_gap"], job.recipe.model.dtype, "policy and reference at the start"
-            )
+            check_same_weights(metrics["reference_gap"], job.recipe.model.dtype, "policy and reference at the start")
 
     return check
 

@@ -33,9 +33,9 @@ from rlhf.train import roles, scorers
 from rlhf.train.guards import check_scored
 from rlhf.train.job import Job
 from rlhf.train.loop import Collected, Stage
+from rlhf.train.parts import sampler
 from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive
-from rlhf.train.parts import sampler
 
 logger = logging.getLogger("rlhf.label")
 Row = dict[str, Any]

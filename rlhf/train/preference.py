@@ -21,7 +21,7 @@ from rlhf.algo.registry import Entry
 from rlhf.algo.unpaired import dro_value
 from rlhf.batch import AnswerLogprobs, Answers, ListLogprobs, Lists, Loss, PairLogprobs, Pairs, TokenLogprobs, Tokens
 from rlhf.engine.engine import Engine
-from rlhf.recipe.options import LossBlock
+from rlhf.recipe.loss_options import LossBlock
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train.describe_preferences import describe
 from rlhf.train.objectives import first_trained, join, trim
@@ -207,7 +207,7 @@ class PreferenceObjective:
         given = inputs_of(micro, measured)
         terms: dict[str, tuple[Tensor, str, float]] = {}
         for term in self.terms:
-            if term.couple is not None and not set(term.entry.inputs) <= set(given):
+            if micro.extras is None and not set(term.entry.inputs) <= set(given):
                 continue  # held-out rows: there is no batch that it could look at
             values = term.function(*(given[name] for name in term.entry.inputs))
             for denominator, losses in (values if isinstance(values, dict) else {"rows": values}).items():
@@ -248,7 +248,7 @@ def counts_of(batch: Judged) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class ValueOfPromptObjective:
-    """DRO's second network: the value of a prompt, fitted beside the policy.            [arXiv:2405.19107 Algorithm 1]"""
+    """DRO's second network: the value of a prompt, fitted beside the policy.         [arXiv:2405.19107 Algorithm 1]"""
 
     group: ClassVar[str] = "value"
     optional: ClassVar[frozenset[str]] = frozenset()
@@ -262,9 +262,7 @@ class ValueOfPromptObjective:
     def loss(self, micro: Answers) -> Loss:
         assert micro.extras is not None, "log-ratios are missing"
         values = prompt_values(self.engine, micro)
-        losses = dro_value(
-            values, micro.rewards.to(values), micro.extras["log_ratios"].to(values), tau=self.tau
-        )
+        losses = dro_value(values, micro.rewards.to(values), micro.extras["log_ratios"].to(values), tau=self.tau)
         total = losses.sum()
         return Loss({"value": (total, "rows", 1.0)}, {"loss": (total, "rows"), "mean": (values.sum(), "rows")})
 
@@ -275,5 +273,3 @@ def prompt_values(engine: Engine, batch: Answers) -> Tensor:
     values = engine(tokens.ids, tokens.attention, start=1)  # (B, T - 1)
     first = tokens.mask[:, 1:].int().argmax(-1)
     return values.gather(1, first.unsqueeze(-1)).squeeze(-1)
-
-

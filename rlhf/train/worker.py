@@ -170,9 +170,7 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
         job.folder.write_status(step=done, total_steps=steps, key_metric={"name": name, "value": value})
 
 
-def publish(
-    job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None
-) -> None:
+def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None) -> None:
     """Write the trained models as Hugging Face folders; the manifest comes last. base: what an adapter stands on."""
     statistics = parts.statistics() if parts.statistics is not None else None
     if statistics is not None:
