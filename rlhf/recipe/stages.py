@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.guard_options import GuardsBlock
-from rlhf.recipe.options import DpoLoss, PreferenceLoss, RewardLoss, RmBtLoss
+from rlhf.recipe.options import PreferenceLoss, RewardLoss, RmBtLoss
+from rlhf.recipe.pair_options import DpoLoss
 from rlhf.recipe.policy_options import (
     Aggregation,
     GaeAdvantage,
