@@ -23,7 +23,7 @@ from rlhf.engine.engine import Engine
 from rlhf.models.build import Setup, build_policy
 from rlhf.models.forward import PolicyModule
 from rlhf.models.tokenizer import train_tokenizer
-from rlhf.recipe.options import DpoLoss
+from rlhf.recipe.pair_options import DpoLoss
 from rlhf.recipe.schema import InitBlock, OptimBlock, ZeroBlock
 from rlhf.train.objectives import Objective, SFTObjective
 from rlhf.train.preference import Policy, PreferenceObjective

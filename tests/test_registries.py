@@ -17,18 +17,17 @@ from rlhf.algo.advantages import ADVANTAGES
 from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
 from rlhf.algo.controllers import KL_CONTROLLERS, ppo_penalty_beta
 from rlhf.algo.kl import KL_ESTIMATORS
+from rlhf.algo.losses import PREFERENCE_LOSSES
 from rlhf.algo.policy import POLICY_LOSSES
-from rlhf.algo.preference import PREFERENCE_LOSSES
 from rlhf.algo.registry import Entry, Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
 from rlhf.algo.rewards import process_scores
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
-from rlhf.batch import PairLogprobs
-from rlhf.recipe import options as pair_options
-from rlhf.recipe import policy_options, reward_options
+from rlhf.recipe import loss_options, options, pair_options, policy_options, reward_options
 from rlhf.recipe.fields import shape_of
-from rlhf.recipe.options import PreferenceLoss, RewardLoss
+from rlhf.recipe.loss_options import LossBlock
+from rlhf.recipe.options import PreferenceLoss, RewardLoss, RewardLossBlock
 from rlhf.recipe.policy_options import (
     Estimator,
     GroupAdvantage,
@@ -66,6 +65,7 @@ BY_CHOICE = [
     pytest.param(registry, entry, id=f"{registry.kind} {entry.name}") for registry, _ in CHOICES for entry in registry
 ]
 ENTRIES = [entry for registry, _ in CHOICES for entry in registry]
+COUPLINGS = {entry.traits.couple: entry.name for entry in ENTRIES if entry.traits.couple is not None}
 ENTRIES += [entry for registry in (KL_ESTIMATORS, SCHEDULES, AGGREGATIONS) for entry in registry]
 
 
@@ -90,12 +90,18 @@ def blocks_of(registry: Registry) -> dict[str, type[Block]]:
     return found
 
 
-def options_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def options_of(*functions: Callable[..., Any]) -> dict[str, inspect.Parameter]:
     return {
         name: parameter
+        for function in functions
         for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+
+
+def functions_of(entry: Entry) -> list[Callable[..., Any]]:
+    """The function of an entry and the coupling that feeds it; their options stand in one block."""
+    return [entry.function] if entry.traits.couple is None else [entry.function, entry.traits.couple]
 
 
 def arguments(block: type[Block]) -> set[str]:
@@ -126,7 +132,7 @@ def test_every_entry_has_a_block_and_every_block_an_entry(registry: Registry) ->
 def test_every_block_with_a_name_can_be_chosen() -> None:
     declared = {
         block
-        for module in (pair_options, policy_options, reward_options)
+        for module in (pair_options, loss_options, options, policy_options, reward_options)
         for block in vars(module).values()
         if inspect.isclass(block) and issubclass(block, Block) and {"name", "kind"} & set(block.model_fields)
     }
@@ -135,7 +141,7 @@ def test_every_block_with_a_name_can_be_chosen() -> None:
 
 @pytest.mark.parametrize(("registry", "entry"), BY_CHOICE)
 def test_a_blocks_fields_are_the_functions_options(registry: Registry, entry: Entry) -> None:
-    assert arguments(blocks_of(registry)[entry.name]) == set(options_of(entry.function))
+    assert arguments(blocks_of(registry)[entry.name]) == set(options_of(*functions_of(entry)))
 
 
 @pytest.mark.parametrize(("registry", "block", "field", "shared"), BY_FIELD)
@@ -159,7 +165,9 @@ def test_score_processing_takes_the_scores_block_in_its_order() -> None:
     assert list(options_of(process_scores)) == [name for name in ScoresBlock.model_fields if name not in elsewhere]
 
 
-@pytest.mark.parametrize("function", [*(entry.function for entry in ENTRIES), process_scores], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "function", [*(entry.function for entry in ENTRIES), *COUPLINGS, process_scores], ids=lambda f: f.__name__
+)
 def test_no_default_stands_in_a_signature(function: Callable[..., Any]) -> None:
     parameters = inspect.signature(function).parameters.values()
     assert all(parameter.default is inspect.Parameter.empty for parameter in parameters)
@@ -181,28 +189,47 @@ def test_what_an_estimator_asks_of_the_recipe_is_what_its_inputs_need(entry: Ent
     assert block.per_token is bool({"rewards", "step_scores"} & set(entry.inputs))
 
 
-# --- properties -----------------------------------------------------------------------------------------------------
+FROM_DATA = {"scores", "win_rates", "rewards"}
+FROM_FORWARD = {"chosen_tokens", "rejected_tokens", "sequence_kl", "contrast", "values", "density"}
 
 
 @pytest.mark.parametrize("entry", PREFERENCE_LOSSES, ids=by_name)
-def test_preference_losses_are_finite_per_pair_and_prefer_the_chosen(entry: Entry) -> None:
-    torch.manual_seed(0)
-    sums = [(-20 * torch.rand(8, dtype=torch.float64)).requires_grad_() for _ in range(2)]
-    lengths = torch.full((8,), 10)
-    # the reference is the policy: wherever a loss has its minimum, it is on the chosen side of here
-    pairs = PairLogprobs(*sums, *(s.detach() for s in sums), lengths, lengths)
-    losses = entry.function(pairs, **defaults(PREFERENCE_LOSSES, entry))
-    chosen, rejected = torch.autograd.grad(losses.sum(), sums)
-    assert losses.shape == (8,) and losses.isfinite().all()
-    assert (chosen < 0).all() and (rejected > 0).all()
+def test_what_a_preference_loss_asks_of_the_recipe_is_what_its_inputs_need(entry: Entry) -> None:
+    block = blocks_of(PREFERENCE_LOSSES)[entry.name]
+    assert issubclass(block, LossBlock)
+    rows, *others = entry.inputs
+    assert rows == block.rows and block.reference is entry.traits.reference
+    assert [name for name in others if name in FROM_DATA] == list(block.needs)
+    assert block.whole is ("sequence_kl" in others)
+    assert ("k" in block.not_arguments) is ("contrast" in others) is ("k" in block.model_fields)
+    assert block.unit_scores is False or block.rows == "lists"
+    coupled = set(others) - FROM_DATA - FROM_FORWARD
+    assert bool(coupled) is (entry.traits.couple is not None)
+    if entry.traits.scale is not None:
+        assert entry.traits.scale in block.model_fields
+    assert entry.traits.invariant <= entry.traits.reference  # what has no reference knows no common constant
 
 
 @pytest.mark.parametrize("entry", REWARD_LOSSES, ids=by_name)
-def test_reward_losses_are_finite_per_pair_and_prefer_the_chosen(entry: Entry) -> None:
+def test_what_a_reward_loss_asks_of_the_data_is_what_its_inputs_need(entry: Entry) -> None:
+    block = blocks_of(REWARD_LOSSES)[entry.name]
+    assert issubclass(block, RewardLossBlock)
+    wanted = {"pairs": ("chosen", "rejected", "margin"), "lists": ("scores", "labels", "present")}
+    assert entry.inputs == wanted[block.rows]
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry", REWARD_LOSSES, ids=by_name)
+def test_reward_losses_are_finite_per_row_and_prefer_the_chosen(entry: Entry) -> None:
     torch.manual_seed(0)
     chosen = torch.randn(8, dtype=torch.float64).requires_grad_()
     rejected = chosen.detach().clone().requires_grad_()
-    losses = entry.function(chosen, rejected, torch.zeros(8), **defaults(REWARD_LOSSES, entry))
+    given = {"chosen": chosen, "rejected": rejected, "margin": torch.zeros(8)}
+    given |= {"scores": torch.stack([rejected, chosen], -1), "labels": torch.tensor([[0, 1]]).expand(8, 2)}
+    given |= {"present": torch.ones(8, 2, dtype=torch.bool)}
+    losses = entry.function(*(given[name] for name in entry.inputs), **defaults(REWARD_LOSSES, entry))
     up, down = torch.autograd.grad(losses.sum(), [chosen, rejected])
     assert losses.shape == (8,) and losses.isfinite().all()
     assert (up < 0).all() and (down > 0).all()

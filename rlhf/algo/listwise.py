@@ -48,7 +48,7 @@ def best_answers(scores: Tensor, present: Tensor) -> Tensor:
     return torch.where(present, at_least_float32(scores), -torch.inf).argmax(-1)
 
 
-def _best_nll(lists: ListLogprobs) -> Tensor:
+def best_nll(lists: ListLogprobs) -> Tensor:
     """-log policy of the best answer, summed over its tokens: (B,)."""
     logprobs = select(at_least_float32(lists.logprobs), lists.present)
     return -logprobs.gather(-1, best_answers(lists.scores, lists.present).unsqueeze(-1)).squeeze(-1)
@@ -147,7 +147,7 @@ def rrhf(lists: ListLogprobs, *, length_penalty: float, rank_weight: float) -> T
     logprobs = select(at_least_float32(lists.logprobs), lists.present)
     p = logprobs / lists.length.clamp(min=1) ** length_penalty
     ranking = select(torch.relu(p.unsqueeze(-2) - p.unsqueeze(-1)), _better(lists)).sum((-2, -1))
-    return rank_weight * ranking + _best_nll(lists)
+    return rank_weight * ranking + best_nll(lists)
 
 
 @PREFERENCE_LOSSES.register("pro", paper="arXiv:2306.17492; DAMO-ConvAI/PRO", traits=NO_REFERENCE)
@@ -168,4 +168,4 @@ def pro(lists: ListLogprobs, *, sft_weight: float) -> Tensor:
     logits = torch.cat([own.unsqueeze(-1), p.unsqueeze(-2) * apart], -1)
     totals = masked_logsumexp(logits, torch.cat([later.any(-1, keepdim=True), later], -1))
     ranking = row_sums(totals - own, later.any(-1))
-    return ranking + sft_weight * (present.sum(-1) - 1) ** 2 * _best_nll(lists)
+    return ranking + sft_weight * (present.sum(-1) - 1) ** 2 * best_nll(lists)

@@ -1,8 +1,8 @@
 """The losses that a recipe can choose: all preference losses, and those of reward models with their options.
 
-A block is chosen by its `name`; its fields are the keyword-only arguments of the function of that name in `algo/`. A test
-holds both sides against each other. The options of preference losses are in `pair_options.py` and
-`loss_options.py`, on-policy choices in `policy_options.py`, rewards in `reward_options.py`.
+A block is chosen by its `name`; its fields are the keyword-only arguments of that function in `algo/`. A test holds
+both sides against each other. The options of preference losses are in `pair_options.py` and `loss_options.py`,
+on-policy choices in `policy_options.py`, rewards in `reward_options.py`.
 """
 
 from __future__ import annotations

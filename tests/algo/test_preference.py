@@ -32,7 +32,7 @@ def gradients(losses: Tensor, given: PairLogprobs) -> tuple[Tensor, Tensor]:
     return chosen, rejected
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES.names())
+@pytest.mark.parametrize("name", OPTIONS)
 def test_log_2_where_policy_and_reference_agree(name: str) -> None:
     given = pairs(0)
     given = replace(given, ref_chosen=given.chosen.detach(), ref_rejected=given.rejected.detach())
@@ -49,7 +49,7 @@ def test_gradient_at_the_reference_by_hand() -> None:
         torch.testing.assert_close(rejected, torch.full_like(rejected, size), atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES.names())
+@pytest.mark.parametrize("name", OPTIONS)
 def test_swapping_the_sides_swaps_the_gradients_signs(name: str) -> None:
     given = pairs(1)
     options = OPTIONS[name]
@@ -79,7 +79,7 @@ def test_cdpo_turns_around_at_its_finite_margin() -> None:
     assert torch.equal(cdpo(given, beta=0.3, label_smoothing=0.0), dpo(given, beta=0.3))
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES.names())
+@pytest.mark.parametrize("name", OPTIONS)
 def test_rows_are_independent_and_common_shifts_cancel(name: str) -> None:
     loss, options, given = PREFERENCE_LOSSES[name].function, OPTIONS[name], pairs(2)
     whole = loss(given, **options)
@@ -91,7 +91,7 @@ def test_rows_are_independent_and_common_shifts_cancel(name: str) -> None:
     torch.testing.assert_close(loss(shifted, **options), whole, atol=1e-12, rtol=0)
 
 
-@pytest.mark.parametrize("name", PREFERENCE_LOSSES.names())
+@pytest.mark.parametrize("name", OPTIONS)
 def test_extreme_and_narrow_inputs(name: str) -> None:
     far = torch.tensor([2000.0, -2000.0], requires_grad=True)
     zeros = torch.zeros(2)

@@ -23,16 +23,18 @@ from rlhf.algo.kl import KL_ESTIMATORS, k1, k2, k3, seq_kl_exact
 from rlhf.algo.logprobs import entropy, token_logprobs
 from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, select, whiten, whiten_keeping_mean
 from rlhf.algo.policy import gspo, mdloo, ppo_clip, ppo_dual_clip, reinforce, rloo_clip
-from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
+from rlhf.algo.preference import implicit_rewards
 from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
 from rlhf.algo.rewards import overlong_punishment, process_scores, shape_rewards
 from rlhf.algo.sft import sft
 from rlhf.algo.value import ppo_value
 from rlhf.batch import PairLogprobs
+from tests.golden.preferences import COMPUTE as PREFERENCES
+from tests.golden.preferences import gradients
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 44
+NUM_VECTORS = 116
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
@@ -49,24 +51,6 @@ def average(name: str, losses: Tensor, mask: Tensor, length: int = 0) -> Tensor:
 
 def on_tokens(values: Tensor, mask: Tensor) -> Tensor:
     return values.unsqueeze(-1).expand(mask.shape)
-
-
-def gradients(loss: Tensor, inputs: Inputs, *names: str) -> Inputs:
-    return dict(zip(names, torch.autograd.grad(loss, [inputs[name] for name in names]), strict=True))
-
-
-def preference(name: str) -> Callable[[Inputs, Computed], Computed]:
-    def compute(inputs: Inputs, hyper: Computed) -> Computed:
-        names = ("pi_w", "pi_l", "ref_w", "ref_l")
-        lengths = torch.ones_like(inputs["pi_w"])
-        pairs = PairLogprobs(*(inputs[key] for key in names), lengths, lengths)
-        losses = PREFERENCE_LOSSES[name].function(pairs, **hyper)
-        reward_w, reward_l = implicit_rewards(pairs, beta=hyper["beta"])
-        grad = gradients(losses.mean(), inputs, "pi_w", "pi_l")
-        computed = {"per_example": losses, "loss": losses.mean(), "grad": grad}
-        return computed | ({"reward_w": reward_w, "reward_l": reward_l} if name == "dpo" else {})
-
-    return compute
 
 
 def implicit(inputs: Inputs, hyper: Computed) -> Computed:
@@ -271,8 +255,7 @@ def overlong(inputs: Inputs, hyper: Computed) -> Computed:
 
 
 COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
-    "dpo": preference("dpo"),
-    "cdpo": preference("cdpo"),
+    **PREFERENCES,
     "implicit_reward": implicit,
     "sft": supervised,
     "rm_bt": reward_model(rm_bt, center_coef=0.0),

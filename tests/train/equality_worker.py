@@ -18,7 +18,8 @@ from rlhf.engine.zero import held_elements
 from rlhf.models.build import Setup, build_policy, build_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
 from rlhf.models.tokenizer import train_tokenizer
-from rlhf.recipe.options import DpoLoss, RmBtLoss
+from rlhf.recipe.options import RmBtLoss
+from rlhf.recipe.pair_options import DpoLoss
 from rlhf.recipe.policy_options import PpoValueLoss
 from rlhf.recipe.schema import InitBlock, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import GRPORecipe

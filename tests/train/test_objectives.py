@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlhf.algo.advantages import ADVANTAGES
 from rlhf.batch import Experience, Pairs, Tokens
-from rlhf.recipe.options import DpoLoss, RmBtLoss
+from rlhf.recipe.options import RmBtLoss
+from rlhf.recipe.pair_options import DpoLoss
 from rlhf.recipe.policy_options import GaeAdvantage, PpoPenaltyLoss, PpoValueLoss
 from rlhf.recipe.schema import OptimBlock
 from rlhf.recipe.stages import GRPORecipe
