@@ -25,7 +25,6 @@ import torch
 from rlhf.algo.losses import PREFERENCE_LOSSES
 from rlhf.algo.masked import row_sums
 from rlhf.algo.registry import Entry
-from rlhf.cli.losses import chosen
 from rlhf.data import collate
 from rlhf.data.demo import demo_rows, gold_reward
 from rlhf.data.examples import PairExample, load_examples
@@ -41,6 +40,7 @@ from rlhf.recipe.schema import DataBlock
 from rlhf.run.commit import read_json, write_atomic, write_json
 from rlhf.run.lineage import content_hash
 from rlhf.run.rundir import RunDir
+from rlhf.train.catalogue import chosen
 from rlhf.train.describe_preferences import implicit
 from rlhf.train.objectives import first_trained, join
 from scripts.algorithms import RECIPES, ROOT, Task, train
