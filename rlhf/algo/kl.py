@@ -62,12 +62,3 @@ def seq_kl_exact(logits: Tensor, ref_logits: Tensor, mask: Tensor) -> Tensor:
     log_policy = at_least_float32(logits).log_softmax(-1)
     log_reference = at_least_float32(ref_logits).log_softmax(-1)
     return row_sums((log_policy.exp() * (log_policy - log_reference)).sum(-1), mask)
-
-
-def token_forward_kl(ref_logprobs: Tensor, logprobs: Tensor) -> Tensor:
-    """KL(reference || policy) of each token's distribution: (..., V) twice -> (...,), nats, at least float32.
-
-    Both are log-softmaxed and untruncated. Summed over an answer it is tdpo's D, the sequential forward KL.
-    """
-    reference = at_least_float32(ref_logprobs)
-    return (reference.exp() * (reference - at_least_float32(logprobs))).sum(-1)

@@ -97,6 +97,15 @@ def token_contrast(logits: Tensor, targets: Tensor, *, k: int) -> Tensor:
     return (odds * softplus(target - best)).sum(-1)
 
 
+def token_forward_kl(ref_logprobs: Tensor, logprobs: Tensor) -> Tensor:
+    """KL(reference || policy) of each token's distribution: (..., V) twice -> (...,), nats, at least float32.
+
+    Both are log-softmaxed and untruncated. Summed over an answer it is tdpo's D, the sequential forward KL.
+    """
+    reference = at_least_float32(ref_logprobs)
+    return (reference.exp() * (reference - at_least_float32(logprobs))).sum(-1)
+
+
 def _smallest_kept(logits: Tensor, top_k: int, top_p: float) -> Tensor | None:
     """The smallest logit of the truncated set, (..., 1); None if nothing is cut off. V is sorted only without top-k."""
     has_top_k = 0 < top_k < logits.shape[-1]

@@ -16,9 +16,14 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rlhf.algo.kl import token_forward_kl
 from rlhf.algo.logprobs import entropy as distribution_entropy
-from rlhf.algo.logprobs import scale_logits, token_contrast, token_logprobs, truncate_logits
+from rlhf.algo.logprobs import (
+    scale_logits,
+    token_contrast,
+    token_forward_kl,
+    token_logprobs,
+    truncate_logits,
+)
 from rlhf.errors import CheckpointError
 from rlhf.recipe.schema import SamplingBlock
 

@@ -22,7 +22,7 @@ from rlhf.recipe.data_rules import (
 )
 from rlhf.recipe.label_rules import devices_share_answers, only_asked
 from rlhf.recipe.policy_rules import POLICY_RULES
-from rlhf.recipe.preference_rules import PREFERENCE_RULES, learns_value
+from rlhf.recipe.preference_rules import PREFERENCE_RULES
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FunctionReward, ModelReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards, reward_options
@@ -82,7 +82,7 @@ def init_context(recipe: Recipe) -> Problems:
 def init_reference(recipe: PreferenceRecipe) -> Problems:
     """Preference learning starts from a trained policy: a random one would be its own reference."""
     reference = recipe.reference
-    compares = any(block.reference for block in (recipe.loss, *recipe.further_losses))
+    compares = any(block.reference for block in recipe.losses)
     if compares and recipe.model.init is not None and not (reference.from_ or reference.path):
         what = "expected a trained model, found one from scratch: the reference would be random"
         yield Problem("model.init", what, "write model: {from: sft}, or name a reference")
@@ -169,7 +169,7 @@ def zero_of_roles(recipe: Recipe) -> Problems:
         yield from frozen_zero("zero", recipe.zero)
     else:
         yield from trained_zero("zero", recipe.zero, recipe.model.dtype)
-    if isinstance(recipe, PPORecipe) or (isinstance(recipe, PreferenceRecipe) and learns_value(recipe)):
+    if isinstance(recipe, PPORecipe) or (isinstance(recipe, PreferenceRecipe) and recipe.learns_value):
         yield from trained_zero("critic.zero", recipe.critic.zero, recipe.model.dtype)
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
         yield from frozen_zero("reference.zero", recipe.reference.zero)

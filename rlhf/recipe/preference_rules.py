@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rlhf.recipe.loss_options import CringeLoss, DroVLoss
+from rlhf.recipe.loss_options import CringeLoss
 from rlhf.recipe.options import PreferenceLoss
 from rlhf.recipe.pair_options import PairwiseCringeLoss
 from rlhf.recipe.problems import Problem
-from rlhf.recipe.stages import PreferenceRecipe
+from rlhf.recipe.stages import PreferenceRecipe, PromptCriticBlock
 
 Problems = Iterator[Problem]
 
@@ -54,14 +54,9 @@ def unused_reference(recipe: PreferenceRecipe) -> Problems:
 
 def unused_critic(recipe: PreferenceRecipe) -> Problems:
     """Only dro_v learns a value."""
-    if not learns_value(recipe) and recipe.critic.model_fields_set:
+    if not recipe.learns_value and recipe.critic != PromptCriticBlock():
         what = f"expected none for {recipe.loss.name}, which learns no value, found one"
         yield Problem("critic", what, "remove it, or take loss: {name: dro_v}", ("loss.name",))
-
-
-def learns_value(recipe: PreferenceRecipe) -> bool:
-    """Whether a second network learns beside the policy."""
-    return any(isinstance(block, DroVLoss) for _, block in _losses(recipe))
 
 
 def _losses(recipe: PreferenceRecipe) -> Iterator[tuple[str, PreferenceLoss]]:

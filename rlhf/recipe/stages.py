@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.guard_options import GuardsBlock
+from rlhf.recipe.loss_options import DroVLoss
 from rlhf.recipe.options import PreferenceLoss, RewardLoss, RmBtLoss
 from rlhf.recipe.pair_options import DpoLoss
 from rlhf.recipe.policy_options import (
@@ -198,6 +199,16 @@ class PreferenceRecipe(LearningRecipe):
     train: PreferenceTrainBlock = Field(PreferenceTrainBlock(), description="optimisation")
     eval: EvalBlock = Field(EvalBlock(), description="held-out loss and accuracy while training")
     sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
+
+    @property
+    def losses(self) -> tuple[PreferenceLoss, ...]:
+        """The terms of the sum that is minimised."""
+        return (self.loss, *self.further_losses)
+
+    @property
+    def learns_value(self) -> bool:
+        """Whether a second network learns beside the policy."""
+        return any(isinstance(block, DroVLoss) for block in self.losses)
 
 
 class OnlineRecipe(LearningRecipe):

@@ -36,16 +36,15 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Preference losses. The reference speaks once, before training, and is gone, unless a loss needs it whole."""
     recipe = job.recipe
     assert isinstance(recipe, PreferenceRecipe)
-    blocks = (recipe.loss, *recipe.further_losses)
-    terms = tuple(Term.of(block) for block in blocks)
-    valued = next((block for block in blocks if isinstance(block, DroVLoss)), None)
+    terms = tuple(Term.of(block) for block in recipe.losses)
+    valued = next((block for block in recipe.losses if isinstance(block, DroVLoss)), None)
     engine = roles.policy_engine(job, tokenizer)
     reference = _Lazy(lambda: roles.reference(job, tokenizer, engine))
     if valued is not None:
         data = with_standard_rewards(data)
     train, held_out = datasets(job, tokenizer, data, terms, reference)
     whole = reference() if any(term.block.whole for term in terms) else None
-    contrast = next((block.k for block in blocks if isinstance(block, CringeLoss | PairwiseCringeLoss)), 0)
+    contrast = next((block.k for block in recipe.losses if isinstance(block, CringeLoss | PairwiseCringeLoss)), 0)
     objective = PreferenceObjective(Policy(engine, whole, contrast), recipe.train, terms)
     critic = roles.prompt_critic(job, tokenizer) if valued is not None else None
     state = PreferenceState()

@@ -161,7 +161,7 @@ def check_needs(job: Job, data: Loaded) -> None:
     recipe = job.recipe
     if not isinstance(recipe, PreferenceRecipe):
         return
-    for block in (recipe.loss, *recipe.further_losses):
+    for block in recipe.losses:
         for need in set(block.needs) & set(_COLUMNS):
             lacking = [e.row for e in (*data.train, *data.eval) if getattr(e, need) is None]
             if lacking:

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.coupling import gap_log_weights
-from rlhf.algo.kl import token_forward_kl
 from rlhf.algo.listwise import best_nll
-from rlhf.algo.logprobs import token_contrast
+from rlhf.algo.logprobs import token_contrast, token_forward_kl
 from rlhf.algo.losses import PREFERENCE_LOSSES
 from rlhf.algo.masked import row_sums
 from rlhf.algo.pairwise import cringe_gate, log_odds

@@ -11,6 +11,7 @@ from rlhf.recipe import check
 from rlhf.recipe.check import DEVICE_RULES, RULES, check_recipe, looks_local
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.policy_rules import POLICY_RULES
+from rlhf.recipe.preference_rules import PREFERENCE_RULES
 from rlhf.recipe.stages import RECIPES
 
 BASE = "model: {from: sft}\ndata: {path: x}\n"
@@ -157,7 +158,7 @@ def test_every_rule_is_documented_and_in_use() -> None:
     helpers = {"check_recipe", "one_source", "revision", "trained_zero", "frozen_zero", "looks_local"}
     helpers |= {"missing_files", "missing_data", "closest", "named_rewards", "sources"}
     functions = {name for name, f in inspect.getmembers(check, inspect.isfunction) if not name.startswith("_")}
-    elsewhere = {rule.__name__ for rule in POLICY_RULES}
+    elsewhere = {rule.__name__ for rule in (*POLICY_RULES, *PREFERENCE_RULES)}
     assert functions - helpers - {"dataclass"} == rules() - elsewhere
     assert all(getattr(check, name).__doc__ for name in functions)
 

@@ -23,7 +23,8 @@ def test_the_end_of_a_key_finds_it_everywhere() -> None:
         "train.lr  (rlhf sft, rm)\n  peak learning rate\n  a number > 0, default 1e-05\n\n"
         "train.lr  (rlhf ppo, grpo)\n  peak learning rate of the policy\n  a number > 0, default 1e-06\n\n"
         "critic.lr  (rlhf ppo)\n  peak learning rate of the critic\n  a number > 0, default 1e-05\n\n"
-        "train.lr  (rlhf dpo)\n  peak learning rate\n  a number > 0, default 1e-06"
+        "train.lr  (rlhf dpo)\n  peak learning rate\n  a number > 0, default 1e-06\n\n"
+        "critic.lr  (rlhf dpo)\n  peak learning rate of the value model\n  a number > 0, default 1e-05"
     )
     assert explain("lr", "sft") == "train.lr  (rlhf sft)\n  peak learning rate\n  a number > 0, default 1e-05"
     assert "critic.lr" not in explain("train.lr")
@@ -31,7 +32,7 @@ def test_the_end_of_a_key_finds_it_everywhere() -> None:
 
 def test_choices_and_where_a_key_belongs() -> None:
     assert "one of cosine, linear, constant, default cosine" in explain("schedule", "sft")
-    assert explain("label_smoothing", "dpo").startswith("loss.label_smoothing with loss.name=cdpo  (rlhf dpo)\n")
+    assert explain("loss.lambda_d", "dpo").startswith("loss.lambda_d with loss.name=kto  (rlhf dpo)\n")
     assert explain("rewards.3.function", "ppo").endswith("\n  text, required")
 
 
