@@ -17,13 +17,14 @@ from rlhf.algo.advantages import ADVANTAGES
 from rlhf.algo.aggregation import AGGREGATIONS
 from rlhf.algo.controllers import KL_CONTROLLERS
 from rlhf.algo.kl import KL_ESTIMATORS
+from rlhf.algo.losses import PREFERENCE_LOSSES
 from rlhf.algo.policy import POLICY_LOSSES
-from rlhf.algo.preference import PREFERENCE_LOSSES
 from rlhf.algo.registry import Entry, Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.recipe.fields import Option, options, shape_of
+from rlhf.recipe.loss_options import LossBlock
 from rlhf.recipe.options import PreferenceLoss, RewardLoss
 from rlhf.recipe.policy_options import GroupAdvantage, KlController, PolicyLoss, PpoAdvantage, PpoValueLoss
 from rlhf.recipe.reward_options import Reward
@@ -179,7 +180,6 @@ def _option_list(found: dict[str, Option]) -> str:
 
 # title, registry, where a recipe chooses from it, the options of an entry
 REGISTRIES: tuple[tuple[str, Registry, str, Callable[[Entry], str]], ...] = (
-    ("Preference losses", PREFERENCE_LOSSES, "`loss.name` of `rlhf dpo`", options_in(PreferenceLoss)),
     ("Reward-model losses", REWARD_LOSSES, "`loss.name` of `rlhf rm`", options_in(RewardLoss)),
     ("Policy losses", POLICY_LOSSES, "`policy_loss.name` of `rlhf ppo` and `rlhf grpo`", options_in(PolicyLoss)),
     ("Aggregations", AGGREGATIONS, "`aggregation` of `rlhf ppo` and `rlhf grpo`", no_options),
@@ -221,6 +221,7 @@ def losses_page() -> str:
         " chosen by a recipe key. Options are given with their defaults; [recipes.md](recipes.md) has their ranges."
         " SFT has one loss, the negative log-likelihood of the trained tokens averaged over the tokens of the batch.",
     ]
+    parts += preference_losses()
     for title, registry, where, list_options in REGISTRIES:
         listed = [(code(e.name), e.summary, list_options(e), e.paper) for e in registry]
         parts += [f"## {title}", f"Chosen by {where}.", *_preamble(registry)]
@@ -228,9 +229,39 @@ def losses_page() -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def preference_losses() -> Iterator[str]:
+    """The section of the preference losses: what each is for, and what it asks of the data and of the recipe."""
+    yield "## Preference losses"
+    yield (
+        "Chosen by `loss.name` of `rlhf dpo`. `rows` says what a row of the data is: a pair of answers, a single answer"
+        " that is good or bad, or a list of scored answers. `reference` says whether the loss compares with a frozen"
+        " policy; `whole` means with its whole distribution, so that stored log-probabilities will not do. `data` are"
+        " the numbers that a row must have beside its answers; `scores in [0, 1]` says that those of a list must lie"
+        " there."
+    )
+    blocks = blocks_of(PreferenceLoss)
+    found = [(entry, block) for entry in PREFERENCE_LOSSES if issubclass(block := blocks[entry.name], LossBlock)]
+    found.sort(key=lambda each: ("pairs", "answers", "lists").index(each[1].rows))
+    for module in dict.fromkeys(entry.function.__module__ for entry, _ in found):
+        yield from _paragraphs(module)
+    header = ("name", "what it is for", "formula", "rows", "reference", "data", "options", "paper")
+    yield table(header, [_loss_cells(entry, block) for entry, block in found])
+
+
+def _loss_cells(entry: Entry, block: type[LossBlock]) -> tuple[str, ...]:
+    reference = "whole" if block.whole else "yes" if block.reference else "no"
+    data = ["scores in [0, 1]"] if block.unit_scores else [code(name) for name in block.needs]
+    intent = (block.__doc__ or "").partition("\n")[0]
+    chosen = options_in(PreferenceLoss)(entry)
+    return code(entry.name), intent, entry.summary, block.rows, reference, ", ".join(data), chosen, entry.paper
+
+
 def _preamble(registry: Registry) -> list[str]:
     """What the file of a registry says about all of its entries, as paragraphs."""
-    module = next(iter(registry)).function.__module__
+    return _paragraphs(next(iter(registry)).function.__module__)
+
+
+def _paragraphs(module: str) -> list[str]:
     return [" ".join(paragraph.split()) for paragraph in (sys.modules[module].__doc__ or "").split("\n\n")]
 
 

@@ -83,7 +83,7 @@ def lipo_lambda(lists: ListLogprobs, *, beta: float) -> Tensor:
     """
     s = beta * list_ratios(lists)
     order = torch.where(lists.present, s.detach(), -torch.inf).argsort(stable=True, descending=True)
-    discounts = 1 / torch.log1p(order.argsort(-1) + 1.0).to(s)
+    discounts = 1 / torch.log1p(order.argsort(-1).to(s) + 1)
     gains = torch.exp2(_scores(lists)) - 1
     weights = (gains.unsqueeze(-1) - gains.unsqueeze(-2)) * (discounts.unsqueeze(-1) - discounts.unsqueeze(-2))
     return select(weights.abs() * softplus(s.unsqueeze(-2) - s.unsqueeze(-1)), _better(lists)).sum((-2, -1))

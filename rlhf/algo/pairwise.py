@@ -253,7 +253,7 @@ def unlikelihood_seq(pairs: PairLogprobs, *, alpha: float) -> Tensor:
 
 @PREFERENCE_LOSSES.register(
     "unlikelihood_token",
-    paper="arXiv:1908.04319 eq. 4",
+    paper="arXiv:1908.04319 (token level)",
     traits=Traits(reference=False, scale=None, invariant=False),
 )
 def unlikelihood_token(pairs: PairLogprobs, rejected_tokens: TokenLogprobs, *, alpha: float) -> Tensor:

@@ -2,8 +2,8 @@
 
 h = (log policy - log reference)(chosen) - (log policy - log reference)(rejected), in nats.
 
-Here is the registry, with DPO and what changes the inside of its sigmoid; `pairwise.py` has other shapes and losses
-without a reference, `unpaired.py` those on single answers, `listwise.py` those on ranked lists; `losses.py` has all.
+`preference.py` has the registry, DPO and what changes the inside of its sigmoid; `pairwise.py` other shapes and losses
+without a reference, `unpaired.py` losses on single answers, `listwise.py` on scored lists; `losses.py` has them all.
 A loss returns one number per row, (B,), or {denominator: (B,) numbers} where a term is not averaged over rows.
 """
 
@@ -210,7 +210,7 @@ def r_dpo(pairs: PairLogprobs, *, beta: float, alpha: float) -> Tensor:
     return -logsigmoid(beta * gap(pairs) + alpha * (pairs.chosen_len - pairs.rejected_len))
 
 
-@PREFERENCE_LOSSES.register("rpo_nll", paper="arXiv:2404.19733 eq. 1; arXiv:2405.16436", traits=Traits(invariant=False))
+@PREFERENCE_LOSSES.register("rpo_nll", paper="arXiv:2404.19733; arXiv:2405.16436", traits=Traits(invariant=False))
 def rpo_nll(pairs: PairLogprobs, *, beta: float, alpha: float) -> Tensor:
     """-log sigmoid(beta h) - alpha log policy(chosen) / its tokens: (B,).
 

@@ -324,7 +324,7 @@ class UnlikelihoodSeqLoss(LossBlock):
 
 
 class UnlikelihoodTokenLoss(LossBlock):
-    """Chosen answer up, every rejected token less likely by itself (arXiv:1908.04319 eq. 4)."""
+    """Chosen answer up, every rejected token less likely by itself (arXiv:1908.04319)."""
 
     reference: ClassVar[bool] = False
     name: Literal["unlikelihood_token"] = "unlikelihood_token"

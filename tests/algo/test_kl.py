@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.kl import KL_ESTIMATORS, absolute, k1, k2, k3, seq_kl_exact
+from rlhf.algo.kl import KL_ESTIMATORS, absolute, k1, k2, k3, seq_kl_exact, token_forward_kl
 
 POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REFERENCE = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -79,3 +79,13 @@ def test_exact_sequence_kl_sums_positions_under_the_mask() -> None:
     found = seq_kl_exact(logits, ref_logits, mask)
     torch.testing.assert_close(found, torch.tensor([2 * TRUE_KL, TRUE_KL], dtype=torch.float64), atol=1e-6, rtol=0)
     assert seq_kl_exact(logits + 5, ref_logits - 3, mask).allclose(found)
+
+
+def test_forward_kl_of_tokens_by_hand() -> None:
+    reference, policy = (torch.tensor([p], dtype=torch.float64).log() for p in ([0.2, 0.3, 0.5], [0.5, 0.3, 0.2]))
+    policy.requires_grad_()
+    found = token_forward_kl(reference, policy)
+    assert found.tolist() == pytest.approx([0.3 * math.log(2.5)], abs=1e-12)
+    assert token_forward_kl(policy, policy).abs().max() == 0
+    (grad,) = torch.autograd.grad(found.sum(), policy)
+    torch.testing.assert_close(grad, -reference.exp(), atol=1e-12, rtol=0)

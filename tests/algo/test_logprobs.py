@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.logprobs import entropy, scale_logits, sequence_logprobs, token_logprobs, truncate_logits
+from rlhf.algo.logprobs import (
+    entropy,
+    log1mexp,
+    scale_logits,
+    sequence_logprobs,
+    token_contrast,
+    token_logprobs,
+    truncate_logits,
+)
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 OPTIONS = [
@@ -222,3 +230,65 @@ def test_sequence_logprobs_sum_the_mask() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -torch.inf], [-4.0, -torch.inf, -torch.inf]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
     assert sequence_logprobs(logprobs, mask).tolist() == [-3, -4]
+
+
+# --- what is not a log-prob of the token itself -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_log1mexp_keeps_its_digits_at_both_ends(dtype: torch.dtype) -> None:
+    x = torch.tensor([-1e-4, -0.5, -math.log(2), -1.0, -40.0, -2000.0], dtype=dtype, requires_grad=True)
+    found = log1mexp(x)
+    expected = [math.log(-math.expm1(value)) for value in x.tolist()]
+    assert found.tolist() == pytest.approx(expected, rel=1e-6)
+    (grad,) = torch.autograd.grad(found.sum(), x)
+    assert grad.tolist() == pytest.approx(
+        [-1 / math.expm1(-value) if value > -700 else 0.0 for value in x.tolist()], rel=1e-3
+    )
+
+
+def test_log1mexp_of_0_is_finite_and_without_gradient() -> None:
+    x = torch.zeros(1, requires_grad=True)
+    found = log1mexp(x)
+    assert found.isfinite() and found < -10 and torch.autograd.grad(found.sum(), x)[0] == 0
+
+
+def test_a_contrast_is_the_mean_over_the_best_other_tokens() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0, 3.0], [0.5, 4.0, 1.0, 0.0]], dtype=torch.float64)
+    found = token_contrast(logits, torch.tensor([3, 2]), k=2)
+
+    def softplus(x: float) -> float:
+        return math.log1p(math.exp(x))
+
+    odds = (
+        1 / (1 + math.exp(-1)),
+        1 / (1 + math.exp(-3.5)),
+    )  # of the best against the second best that is not the target
+    first = odds[0] * softplus(3 - 2) + (1 - odds[0]) * softplus(3 - 1)
+    second = odds[1] * softplus(1 - 4) + (1 - odds[1]) * softplus(1 - 0.5)
+    assert found.tolist() == pytest.approx([first, second], abs=1e-12)
+
+
+def test_a_contrast_is_the_expectation_of_the_drawn_one_gradient_too() -> None:
+    torch.manual_seed(0)
+    logits, targets = torch.randn(3, 7, dtype=torch.float64, requires_grad=True), torch.tensor([0, 3, 6])
+    (found,) = torch.autograd.grad(token_contrast(logits, targets, k=3).sum(), logits)
+    expected = torch.zeros_like(logits)
+    for row, target in enumerate(targets.tolist()):
+        others = sorted((j for j in range(7) if j != target), key=lambda j, r=row: -logits[r, j].item())[:3]
+        odds = logits[row, others].detach().softmax(-1)
+        for odd, j in zip(odds, others, strict=True):
+            one = torch.nn.functional.softplus(logits[row, target] - logits[row, j])
+            expected += odd * torch.autograd.grad(one, logits)[0]
+    torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("k", [1, 4, 5, 50])
+def test_a_contrast_takes_at_most_all_other_tokens(k: int) -> None:
+    torch.manual_seed(1)
+    logits, targets = torch.randn(6, 5), torch.arange(6) % 5
+    found = token_contrast(logits, targets, k=k)
+    assert found.shape == (6,) and found.isfinite().all() and (found > 0).all()
+    if k >= 4:
+        torch.testing.assert_close(found, token_contrast(logits, targets, k=4), atol=1e-6, rtol=0)
+    assert token_contrast(logits.bfloat16(), targets, k=k).dtype == torch.float32

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
+from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth, rm_kwise, rm_softmax
 
 
 def scores(seed: int = 0, rows: int = 9) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,3 +75,27 @@ def test_narrow_and_extreme_scores(dtype: torch.dtype) -> None:
 
 def test_a_tie_is_not_a_success() -> None:
     assert pair_accuracy(torch.tensor([1.0, 0.0, 2.0]), torch.tensor([0.0, 0.0, 3.0])).tolist() == [1, 0, 0]
+
+
+def test_two_answers_in_a_list_are_a_pair() -> None:
+    chosen, rejected, margin = scores()
+    both = torch.stack([rejected, chosen], -1)
+    labels, present = torch.tensor([[1.0, 5.0]]).expand(9, 2), torch.ones(9, 2, dtype=torch.bool)
+    for loss in (rm_kwise, rm_softmax):
+        expected = rm_bt(chosen, rejected, margin, center_coef=0.0)
+        torch.testing.assert_close(loss(both, labels, present), expected, atol=1e-12, rtol=0)
+
+
+def test_a_list_counts_once_and_absent_or_equal_answers_make_no_pair() -> None:
+    given = torch.tensor([[0.0, 0.0, 0.0, 7.0], [1.0, 2.0, 3.0, 4.0], [2.0, 0.0, torch.nan, torch.inf]])
+    labels = torch.tensor([[3.0, 2.0, 1.0, 9.0], [1.0, 1.0, 1.0, 1.0], [1.0, 0.0, 5.0, -5.0]])
+    present = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 1, 0, 0]]).bool()
+    given.requires_grad_()
+    found = rm_kwise(given, labels, present)
+    last = math.log1p(math.exp(-2))
+    assert found.tolist() == pytest.approx([math.log(2), 0, last], abs=1e-6)
+    best = rm_softmax(given, labels, present)
+    first_of_equals = math.log(sum(math.exp(x) for x in (1, 2, 3, 4))) - 1
+    assert best.tolist() == pytest.approx([math.log(3), first_of_equals, last], abs=1e-6)
+    (grad,) = torch.autograd.grad(found.sum() + best.sum(), given)
+    assert grad.isfinite().all() and (grad[~present] == 0).all() and grad.sum(-1).abs().max() < 1e-6
