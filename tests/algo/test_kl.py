@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.kl import KL_ESTIMATORS, absolute, k1, k2, k3, seq_kl_exact, token_forward_kl
+from rlhf.algo.kl import KL_ESTIMATORS, absolute, k1, k2, k3, seq_kl_exact
+from rlhf.algo.logprobs import token_forward_kl
 
 POLICY = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 REFERENCE = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
