@@ -86,7 +86,7 @@ def _lists(lists: ListLogprobs, traits: Traits, scale: float) -> Metrics:
         "margin": of_best - of_worst,
         "reward_best": of_best,
         "reward_worst": of_worst,
-        "top1": reward.masked_fill(~present, -torch.inf).argmax(-1, keepdim=True).eq(best).squeeze(-1),
+        "best_first": reward.masked_fill(~present, -torch.inf).argmax(-1, keepdim=True).eq(best).squeeze(-1),
         "kendall_tau": kendall_tau(reward, lists.scores, present),
         "ties": _has_ties(lists.scores, present),
         "logprobs_best": lists.logprobs.gather(1, best).squeeze(-1),

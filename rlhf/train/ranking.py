@@ -44,7 +44,7 @@ class ListRewardObjective:
         metrics = {
             "loss": total,
             "accuracy": ((agreement + 1) / 2).sum(),
-            "top1": found.masked_fill(~present, -torch.inf).argmax(-1).eq(best).sum(),
+            "best_first": found.masked_fill(~present, -torch.inf).argmax(-1).eq(best).sum(),
             "score_mean": (torch.where(present, found, 0.0).sum(-1) / present.sum(-1)).sum(),
         }
         return Loss({"lists": (total, "rows", 1.0)}, {name: (value, "rows") for name, value in metrics.items()})
