@@ -31,7 +31,9 @@ def test_the_end_of_a_key_finds_it_everywhere() -> None:
 
 def test_choices_and_where_a_key_belongs() -> None:
     assert "one of cosine, linear, constant, default cosine" in explain("schedule", "sft")
-    assert explain("label_smoothing", "dpo").startswith("loss.label_smoothing with loss.name=cdpo  (rlhf dpo)\n")
+    assert explain("label_smoothing", "dpo").startswith(
+        "loss.label_smoothing with loss.name=cdpo or robust_dpo  (rlhf dpo)\n"
+    )
     assert explain("rewards.3.function", "ppo").endswith("\n  text, required")
 
 
