@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -82,3 +83,104 @@ def test_every_reward_loss_trains(cli, tiny, rows, name):
     assert all(math.isfinite(row["train/loss"]) and row["train/grad_norm"] > 0 for row in tiny.rows(f"rm-{name}"))
     model = AutoModelForSequenceClassification.from_pretrained(tiny.root / f"rm-{name}" / "model")
     assert math.isfinite(model.config.score_mean)
+
+
+def test_losses_add_up(cli, tiny, rows):
+    more = ["--set", "further_losses=[{name: preferred_ft, weight: 0.5}]"]
+    done = cli(*tiny.command("dpo", "--name", "loss-sum", *words(rows, "dpo"), *more))
+    assert done.code == 0, done.err
+    for row in tiny.rows("loss-sum"):
+        for group in ("train", "eval"):
+            if f"{group}/loss" in row:
+                parts = row[f"{group}/loss_dpo"] + 0.5 * row[f"{group}/loss_preferred_ft_per_chosen_tokens"]
+                assert row[f"{group}/loss"] == pytest.approx(parts)
+
+
+@pytest.mark.parametrize("name", ["bco", "beta_dpo", "dro_v"])
+def test_an_interrupted_stage_with_running_numbers_resumes_exactly(cli, tiny, rows, name):
+    """A stage of 4 steps that starts from the checkpoint after 2 ends as one that went through."""
+    given = [*words(rows, name), "--set", "train.steps=4", "--set", "checkpoint={every: 2}"]
+    done = cli(*tiny.command("dpo", "--name", f"whole-{name}", *given))
+    assert done.code == 0, done.err
+    whole = tiny.root / f"whole-{name}"
+    cut = tiny.root / f"cut-{name}"
+    shutil.copytree(whole, cut)
+    for path in (cut / "model", cut / "critic"):
+        shutil.rmtree(path, ignore_errors=True)
+    (cut / "MANIFEST.json").unlink()
+    status = json.loads((cut / "status.json").read_text())
+    (cut / "status.json").write_text(json.dumps({**status, "state": "stopped", "step": 2}))
+    done = cli(*tiny.command("dpo", "--name", f"cut-{name}", *given))
+    assert done.code == 0, done.err
+    for path in ("model/model.safetensors", *(["critic/model.safetensors"] if name == "dro_v" else [])):
+        assert (whole / path).read_bytes() == (cut / path).read_bytes()
+
+    def numbers(folder: str) -> list[dict]:
+        return [
+            {key: value for key, value in row.items() if key != "time" and not key.startswith("speed/")}
+            for row in tiny.rows(folder)
+        ]
+
+    assert numbers(f"whole-{name}") == numbers(f"cut-{name}")
+
+
+# --- what cannot work -------------------------------------------------------------------------------------------------
+
+
+PAIR = {"prompt": "a b", "chosen": "c d", "rejected": "e f"}
+
+
+@pytest.mark.parametrize(
+    ("data", "loss", "code", "said"),
+    [
+        ([{"prompt": "a", "completion": "b", "label": True}], "dpo", 3, "kto"),
+        (
+            [{"prompt": "a b", "chosen": "c d", "rejected": "e f"}] * 9,
+            "sppo",
+            3,
+            "win_rate_chosen and win_rate_rejected",
+        ),
+        ([{"prompt": "a b", "chosen": "c d", "rejected": "e f"}] * 9, "dno", 3, "score_chosen and score_rejected"),
+        ([{"prompt": "a b", "chosen": "c d", "rejected": "e f"}] * 9, "kto", 3, "answers to different prompts"),
+        ([{"prompt": "a b", "answers": ["c d"], "scores": [1]}] * 9, "pl_dpo", 3, "answers"),
+        ([{"prompt": "a b", "answers": ["c d", "e"], "scores": [1]}] * 9, "pl_dpo", 3, "scores"),
+        ([{"prompt": "a b", "answers": ["c d", "e"], "scores": [1, 2]}] * 9, "dpo", 3, "chosen, rejected"),
+        ([{"prompt": "a b", "completion": "c", "score": 1.5}] * 9, "dro_v", 3, "rewards that differ"),
+    ],
+)
+def test_a_loss_that_the_data_cannot_feed_is_refused_with_the_reason(cli, tiny, tmp_path, data, loss, code, said):
+    write(tmp_path / "rows.jsonl", data)
+    before = tiny.files()
+    given = ["--set", f"loss={{name: {loss}}}", "--set", f"data={{path: {tmp_path / 'rows.jsonl'}, max_length: 96}}"]
+    done = cli(*tiny.command("dpo", "--name", "refused", *given))
+    assert done.code == code and said in done.err and "Traceback" not in done.err, done.err
+    assert done.err.count("error: ") == 1 and tiny.files() == before
+
+
+@pytest.mark.parametrize(
+    ("recipe", "said"),
+    [
+        ({"loss": {"name": "simpo"}, "reference": {"from": "sft"}}, "reference: expected none for simpo"),
+        ({"loss": {"name": "dpo"}, "critic": {"lr": 1e-4}}, "critic: expected none for dpo"),
+        (
+            {"further_losses": [{"name": "kto"}]},
+            "further_losses.0.name: expected a loss on pairs, as dpo is, found kto",
+        ),
+        ({"further_losses": [{"name": "dpo"}]}, "further_losses.0.name: expected a loss that is not there yet"),
+        ({"loss": {"name": "robust_dpo", "label_smoothing": 0.5}}, "loss.label_smoothing: expected a number"),
+        ({"loss": {"name": "robust"}}, "did you mean"),
+    ],
+)
+def test_a_recipe_that_makes_no_sense_is_refused_in_a_blink(cold_cli, tiny, recipe, said):
+    given = [word for key, value in recipe.items() for word in ("--set", f"{key}={json.dumps(value)}")]
+    done = cold_cli(*tiny.command("dpo", "--name", "refused", *given))
+    assert done.code == 2 and said in done.err and not done.torch, done.err
+
+
+def test_the_losses_are_listed(cli):
+    done = cli("losses")
+    assert done.code == 0 and all(name in done.out for name in (*PREFERENCE_LOSSES.names(), *REWARD_LOSSES.names()))
+    found = json.loads(cli("losses", "--json").out)
+    assert [each["name"] for each in found if each["stage"] == "dpo"] == PREFERENCE_LOSSES.names()
+    kto = next(each for each in found if each["name"] == "kto")
+    assert kto["rows"] == "answers" and kto["whole_batch"] and kto["options"]["beta"] == 0.1

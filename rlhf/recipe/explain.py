@@ -42,7 +42,14 @@ def _matches(entries: list[Entry], wanted: str, exact: bool) -> Iterable[tuple[s
         if key == wanted or (not exact and key.endswith(f".{wanted}")):
             meant.setdefault((key, _describe(key, option)), []).extend([chosen] if chosen else [])
     for (key, text), choices in meant.items():
-        yield key + (f" with {choice(dict.fromkeys(choices))}" if choices else ""), text
+        yield key + (f" with {_under(choices)}" if choices else ""), text
+
+
+def _under(choices: list[str]) -> str:
+    """Choices in words, what they all begin with said once: loss.name=dpo or cdpo."""
+    names = {chosen.partition("=")[0] for chosen in choices}
+    values = choices if len(names) > 1 else [chosen.partition("=")[2] for chosen in choices]
+    return ("" if len(names) > 1 else f"{names.pop()}=") + choice(dict.fromkeys(values))
 
 
 def _describe(key: str, option: Option) -> str:

@@ -32,7 +32,9 @@ def test_the_end_of_a_key_finds_it_everywhere() -> None:
 
 def test_choices_and_where_a_key_belongs() -> None:
     assert "one of cosine, linear, constant, default cosine" in explain("schedule", "sft")
-    assert explain("loss.lambda_d", "dpo").startswith("loss.lambda_d with loss.name=kto  (rlhf dpo)\n")
+    assert explain("label_smoothing", "dpo").startswith(
+        "loss.label_smoothing with loss.name=cdpo or robust_dpo  (rlhf dpo)\n"
+    )
     assert explain("rewards.3.function", "ppo").endswith("\n  text, required")
 
 
