@@ -23,8 +23,8 @@ def list_ratios(lists: ListLogprobs) -> Tensor:
 
 
 def masked_logsumexp(x: Tensor, mask: Tensor) -> Tensor:
-    """log of the sum of exp over the selected: (..., K) -> (...,); without any, a finite number that means nothing."""
-    return torch.where(mask | ~mask.any(-1, keepdim=True), x, -torch.inf).logsumexp(-1)
+    """log of the sum of exp over the selected: (..., K) -> (...,); -inf without any."""
+    return torch.where(mask, x, -torch.inf).logsumexp(-1)
 
 
 def _log_softmax(x: Tensor, present: Tensor) -> Tensor:

@@ -92,6 +92,9 @@ def test_scores_of_zero_give_listnet_nothing_to_learn() -> None:
 @pytest.mark.parametrize("present", [[1, 0, 0], [0, 0, 0]])
 def test_a_list_with_nothing_to_compare_is_finite(present: list[int]) -> None:
     given = lists([[-1.0, -2.0, -3.0]], [[0.5, 0.2, 0.1]], [present])
+    given.logprobs.requires_grad_()
     found = [pl_dpo(given, beta=1.0), pair_logistic(given, beta=1.0), lipo_lambda(given, beta=1.0)]
     found += [exo_rw(given, beta_pi=1.0, beta_r=1.0), pro(given, sft_weight=0.0)]
     assert all(losses.tolist() == [0.0] for losses in found)
+    (grad,) = torch.autograd.grad(torch.stack(found).sum(), given.logprobs)
+    assert (grad == 0).all()
