@@ -74,7 +74,7 @@ LABEL = ("model.from=sft", "data.limit=2000", "label.pairs=all")
 
 def task_of(run: Path, name: str, block: type[LossBlock], entry: Entry) -> Task:
     """The stage that trains one loss with its default options."""
-    settings, after = (f"loss={{name: {name}}}",), ("sft",)
+    settings, after = (f"loss={{name: {name}}}", "eval.every=0", "log.samples=0"), ("sft",)
     if block.rows == "lists":
         settings += LISTS
     elif block.needs and block.rows == "pairs":
