@@ -29,10 +29,11 @@ from rlhf.algo.rewards import overlong_punishment, process_scores, shape_rewards
 from rlhf.algo.sft import sft
 from rlhf.algo.value import ppo_value
 from rlhf.batch import PairLogprobs
+from tests.golden.schemes import COMPUTE as SCHEMES
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 44
+NUM_VECTORS = 49
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
@@ -302,6 +303,7 @@ COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "adaptive_kl": controller(adaptive, "target", "horizon"),
     "ppo_penalty_beta": controller(ppo_penalty_beta, "target"),
     "dapo_overlong": overlong,
+    **SCHEMES,
 }
 
 
