@@ -332,7 +332,7 @@ CASES = {
 RATHER = "covered where it belongs: "
 NOT_HERE = {  # what has no case, as regular expressions over keys, and why
     r"(model|reference|critic|rewards\.0)\.revision|data\.(name|split|data_dir|revision)": "names of the hub",
-    r"data\.from": "what a label stage makes is pairs: tests/test_label.py",
+    r"data\.(from|output)": "what a label stage makes are no prompts: tests/test_label.py",
     r"data\.pair_labels": "pairs are no prompts and no rows of a language model: tests/data/test_formats.py",
     r"data\.eval(_rows)?": "on-policy stages evaluate on nothing; other stages do in tests/test_pipeline.py",
     r"model\.(lora\.|init\.)?dropout": "must stay off outside of sft: tests/recipe/test_check.py",

@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-FILES = ("answers.jsonl", "pairs.jsonl")
+FILES = ("answers.jsonl", "pairs.jsonl", "best.jsonl", "lists.jsonl")
 WALL_CLOCK = ("time", "speed/")
 
 
@@ -39,7 +39,7 @@ def comparable(rows: list[dict]) -> list[dict]:
 
 
 def test_every_answer_is_kept_and_pairs_are_its_best_and_worst(labelled):
-    answers, pairs = (labelled.rows("label", file) for file in FILES)
+    answers, pairs, best, lists = (labelled.rows("label", file) for file in FILES)
     prompts = [json.loads(line)["prompt"] for line in (labelled.data / "prompts.jsonl").read_text().splitlines()]
     assert [row["prompt"] for row in answers[::4]] == [[{"role": "user", "content": prompt}] for prompt in prompts]
     assert [row["row"] for row in answers] == [row for row in range(40) for _ in range(4)]
@@ -55,6 +55,12 @@ def test_every_answer_is_kept_and_pairs_are_its_best_and_worst(labelled):
         assert pair["score_rejected"] == scores[pair["rejected"]] == min(scores.values())
         assert pair["score_margin"] == pair["score_chosen"] - pair["score_rejected"] > 0
         assert pair["prompt"] == group[0]["prompt"]
+        assert 1 > pair["win_rate_chosen"] > 0.5 > pair["win_rate_rejected"] > 0
+    assert [row["row"] for row in best] == [row["row"] for row in lists] == list(range(40))
+    for kept, listed in zip(best, lists, strict=True):
+        scores = {a["answer"]: a["score"] for a in by_prompt[kept["row"]] if a not in mute}
+        assert scores[kept["completion"]] == kept["score"] == max(scores.values())
+        assert dict(zip(listed["answers"], listed["scores"], strict=True)) == scores
 
 
 def test_a_label_stage_leaves_what_the_run_directory_promises(labelled, cold_cli):
@@ -66,7 +72,12 @@ def test_a_label_stage_leaves_what_the_run_directory_promises(labelled, cold_cli
     unscored = sum(row["score"] is None for row in labelled.rows("label", "answers.jsonl"))
     assert (facts["prompts"], facts["answers"], facts["unscored"], facts["pairs"]) == (40, 160, unscored, pairs)
     assert pairs + sum(facts["left_out"].values()) == 40
+    assert (facts["best"], facts["lists"]) == (40, 40)
+    curve = facts["best_of_n"]["curve"]
+    assert [point["n"] for point in curve] == [1, 2, 4] and facts["best_of_n"]["prompts"] <= 40
+    assert curve[0]["score"] < curve[1]["score"] < curve[2]["score"] and curve[0]["kl_bound"] == 0
     rows = labelled.rows("label")
+    assert all(row["label/best_score"] > row["reward/score_mean"] for row in rows)
     assert [row["step"] for row in rows] == [1, 2, 3]
     assert sum(row["label/pairs"] for row in rows) == pairs
     assert sum(row["reward/unscored"] for row in rows) == unscored
@@ -147,6 +158,36 @@ def test_a_reward_model_goes_on_learning_from_pairs_with_replay(labelled, cli):
     assert any("score" in name for name in before)
 
 
+def test_sft_learns_from_the_best_answers(labelled, cli):
+    """Rejection sampling, then supervised learning: the rows are read as they were written."""
+    words = ["data={from: label, output: best, max_length: 96}", "model={from: sft}", "train.steps=2", "eval.every=0"]
+    done = cli(*labelled.command("sft", "--name", "sft-best", *(w for word in words for w in ("--set", word))))
+    assert done.code == 0, done.err
+    provenance = json.loads((labelled.root / "sft-best" / "provenance.json").read_text())
+    (source,) = provenance["data"]["sources"]
+    assert source["path"] == str(labelled.root / "label" / "best.jsonl") and source["format"] == "prompt_completion"
+    assert source["read"] == source["kept"] == len(labelled.rows("label", "best.jsonl"))
+    assert {parent["stage"] for parent in provenance["parents"]} == {"sft", "label"}
+
+
+def test_rejection_sampling_pairs_what_it_accepts(labelled, cli):
+    """A small beta accepts the best answers alone: pairs are made of them, the same ones in a second run."""
+    words = ["label.pairs=rso", "label.answers=8", "label.rso={accept: 4, beta: 1.0e-6}", "data.limit=12"]
+    command = labelled.command("label", "--name", "rso", *(w for word in words for w in ("--set", word)))
+    done = cli(*command)
+    assert done.code == 0, done.err
+    answers, pairs = (labelled.rows("rso", file) for file in FILES[:2])
+    assert 12 < len(pairs) <= 24
+    for pair in pairs:
+        scores = {a["answer"]: a["score"] for a in answers if a["row"] == pair["row"] and a["score"] is not None}
+        top = sorted(scores.values(), reverse=True)[:4]
+        assert pair["score_chosen"] in top and pair["score_rejected"] in top
+    assert sum(row["label/pairs"] for row in labelled.rows("rso")) == len(pairs), "a step pairs as the end does"
+    before = content(labelled, "rso")
+    done = cli(*command, "--restart")
+    assert done.code == 0 and content(labelled, "rso") == before, done.err
+
+
 def test_pairs_made_again_are_noticed(labelled, cli, cold_cli):
     done = cli(*labelled.command("label", "--name", "short", "--set", "data.limit=12"))
     assert done.code == 0, done.err
@@ -197,6 +238,16 @@ def test_a_pipeline_goes_round_and_a_further_round_skips_what_is_finished(labell
     ("stage", "option", "code", "text"),
     [
         ("label", "label.answers=1", 2, "label.answers: expected a whole number >= 2, found 1"),
+        (
+            "label",
+            "label.pairs=rso",
+            2,
+            "label.answers: expected more than label.rso.accept = 8 to select from, found 4",
+        ),
+        ("label", "label.rso.beta=1", 2, "label.rso: expected label.pairs rso beside it, found best_worst"),
+        ("label", "label.rso.accept=3", 2, "label.rso.accept: expected an even number, found 3"),
+        ("rm", "data.output=best", 2, "data.output: expected from: a label stage beside it, found best of none"),
+        ("rm", "data={from: label, output: best}", 3, "expected a better and a worse answer (chosen, rejected), found"),
         ("label", "rewards=[]", 2, "rewards: expected a list of blocks of options, at least 1, found []"),
         ("label", "model={init: {}}", 2, "model.init: expected a trained policy, found one from scratch"),
         ("label", "model.lora.rank=4", 2, "model.lora: expected nothing that is for training"),

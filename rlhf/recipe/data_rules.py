@@ -32,6 +32,9 @@ def source_paths(recipe: Recipe) -> Problems:
         if source.from_ and source.path:
             also = (f"{key}.from", f"{key}.path")
             yield Problem(key, "expected one of from and path, found both", "remove one of them", also)
+        if source.output != SourceBlock.model_fields["output"].default and not source.from_:
+            what = f"expected from: a label stage beside it, found {source.output} of none"
+            yield Problem(f"{key}.output", what, "a file has its rows only: remove it", (f"{key}.path",))
 
 
 def parts(recipe: Recipe) -> Problems:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rlhf.recipe.problems import Problem
-from rlhf.recipe.stages import LabelRecipe
+from rlhf.recipe.stages import LabelRecipe, RsoBlock
 
 
 def only_asked(recipe: LabelRecipe) -> Iterator[Problem]:
@@ -17,6 +17,18 @@ def only_asked(recipe: LabelRecipe) -> Iterator[Problem]:
         if getattr(model, key):
             what = "expected nothing that is for training, found it set"
             yield Problem(f"model.{key}", what, "label changes no weights: remove the key")
+
+
+def rejection_sampling(recipe: LabelRecipe) -> Iterator[Problem]:
+    """Accepting what there is selects nothing, and options of a selection that is not made say nothing."""
+    label = recipe.label
+    if label.pairs != "rso" and label.rso != RsoBlock():
+        yield Problem("label.rso", f"expected label.pairs rso beside it, found {label.pairs}", "remove one of them")
+    if label.rso.accept % 2:
+        yield Problem("label.rso.accept", f"expected an even number, found {label.rso.accept}", "they meet two by two")
+    if label.pairs == "rso" and label.rso.accept >= label.answers:
+        what = f"expected more than label.rso.accept = {label.rso.accept} to select from, found {label.answers}"
+        yield Problem("label.answers", what, "8 of 64 is usual", ("label.rso.accept",))
 
 
 def devices_share_answers(recipe: LabelRecipe, world_size: int) -> Iterator[Problem]:

@@ -136,11 +136,16 @@ class SourceBlock(Block):
 
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("from", "path"),)
     qualifiers: ClassVar[dict[str, tuple[str, ...]]] = {
-        key: ("name", "split", "data_dir", "revision") for key in ("from", "path")
+        key: ("output", "name", "split", "data_dir", "revision") for key in ("from", "path")
     }
 
     from_: str | None = Field(
-        None, alias="from", description="pairs of a label stage of this run directory (label) or another (runs/a/label)"
+        None, alias="from", description="rows of a label stage of this run directory (label) or another (runs/a/label)"
+    )
+    output: Literal["pairs", "best", "lists"] = Field(
+        "pairs",
+        description="what the label stage in `from` has made: pairs, the best answer to each prompt (for sft), or lists"
+        " of answers with scores",
     )
     path: str | None = Field(
         None,

@@ -129,13 +129,23 @@ class EmaBlock(Block):
     decay: float = Field(0.99, ge=0, lt=1, description="weight of the past at every optimizer step")
 
 
+class RsoBlock(Block):
+    """Statistical rejection sampling: answers as from a policy that is better by the rewards (arXiv:2309.06657)."""
+
+    accept: int = Field(8, ge=2, description="answers accepted per prompt, an even number: they meet two by two")
+    beta: float = Field(0.5, gt=0, description="how far below the best an accepted score may be, in units of the score")
+
+
 class LabelBlock(Block):
     """Which answers are compared, and how many are made at a time."""
 
     answers: int = Field(4, ge=2, description="answers sampled per prompt, to be compared with each other")
-    pairs: Literal["best_worst", "all"] = Field(
-        "best_worst", description="best_worst: a prompt's best answer with its worst; all: every two of its answers"
+    pairs: Literal["best_worst", "all", "rso"] = Field(
+        "best_worst",
+        description="best_worst: a prompt's best answer with its worst; all: every two of its answers; rso: those that"
+        " rejection sampling accepts, two by two",
     )
+    rso: RsoBlock = Field(RsoBlock(), description="what rejection sampling accepts")
     min_margin: float = Field(
         0.0, ge=0, description="only answers whose scores differ by more than this make a pair; equal ones never do"
     )

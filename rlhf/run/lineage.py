@@ -73,10 +73,9 @@ class Parent:
         """The published model folder."""
         return self.path / "model"
 
-    @property
-    def pairs(self) -> Path:
-        """The published pairs of a label stage."""
-        return self.path / "pairs.jsonl"
+    def labelled(self, output: str) -> Path:
+        """One of the published files of a label stage: pairs, best or lists."""
+        return self.path / f"{output}.jsonl"
 
     @property
     def critic(self) -> Path:

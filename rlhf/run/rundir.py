@@ -7,7 +7,7 @@ runs/hh/
     provenance.json               inputs, command, code, versions, devices, parents with content hashes, data
     metrics.jsonl  samples.jsonl  log.txt
     checkpoints/step-000100/      own MANIFEST.json
-    model/  critic/               the published result; of `label`: pairs.jsonl  answers.jsonl
+    model/  critic/               the published result; of `label`: pairs.jsonl best.jsonl lists.jsonl answers.jsonl
     MANIFEST.json                 last: its existence means that the stage is finished
   .sft.lock  .sft.rank0.lock      who works on it: beside the folder, so that --restart can move the folder
 """

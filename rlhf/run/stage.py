@@ -86,6 +86,8 @@ class StageDir:
         self.model = self.path / "model"
         self.critic = self.path / "critic"
         self.pairs = self.path / "pairs.jsonl"
+        self.best = self.path / "best.jsonl"
+        self.lists = self.path / "lists.jsonl"
         self.answers = self.path / "answers.jsonl"
         self.manifest = self.path / commit.MANIFEST
         self.lock = root / f".{name}.lock"

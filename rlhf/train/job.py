@@ -70,7 +70,8 @@ def with_paths(recipe: Recipe, parents: dict[str, Parent]) -> Recipe:
     """The recipe with a path beside every `from` of its data; parents: the finished stage of each, by key."""
 
     def filled(key: str, source: Any) -> Any:
-        return source.model_copy(update={"path": str(parents[key].pairs)}) if source.from_ else source
+        made = parents[key].labelled(source.output) if source.from_ else None
+        return source if made is None else source.model_copy(update={"path": str(made)})
 
     def block(data: DataBlock) -> DataBlock:
         key = data.key

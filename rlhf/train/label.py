@@ -1,8 +1,8 @@
 """`rlhf label`: a policy answers, the recipe's rewards score, and answers to the same prompt become preference pairs.
 
 A step is a slice of the prompts. Its answers are appended to answers.jsonl, which is all that a stage needs to go on;
-pairs.jsonl is written at the end, from the whole of it. Prompts that are sampled together, and their seeds, depend on
-the recipe alone: the bytes of both files are the same on any number of ranks, in one go or resumed.
+pairs.jsonl, best.jsonl and lists.jsonl are written at the end, from the whole of it. Prompts that are sampled together,
+and their seeds, depend on the recipe alone: all bytes are the same on any number of ranks, in one go or resumed.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import statistics
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,74 +32,12 @@ from rlhf.train import roles, scorers
 from rlhf.train.guards import check_scored
 from rlhf.train.job import Job
 from rlhf.train.loop import Collected, Stage
+from rlhf.train.pairing import Row, best_of_n, best_rows, list_rows, pair_rows
 from rlhf.train.parts import sampler
 from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive
 
 logger = logging.getLogger("rlhf.label")
-Row = dict[str, Any]
-
-
-# --- pairs -----------------------------------------------------------------------------------------------------------
-
-
-def compare(
-    texts: Sequence[str], scores: Sequence[float | None], label: LabelBlock
-) -> tuple[list[tuple[int, int]], Counter[str]]:
-    """(chosen, rejected) by index among the answers to one prompt, and why others make no pair.
-
-    Unscored answers take no part. best_worst looks at one pair, the highest score with the lowest (the first of equal
-    ones); all looks at every two. Equal scores, scores no more than min_margin apart, and equal texts make no pair.
-    """
-    scored = [(i, score) for i, score in enumerate(scores) if score is not None]
-    if len(scored) < 2:
-        return [], Counter(too_few_scored=1)
-    if label.pairs == "best_worst":
-        looked_at = [(max(scored, key=lambda item: item[1]), min(scored, key=lambda item: item[1]))]
-    else:
-        looked_at = [(a, b) if a[1] > b[1] else (b, a) for a, b in itertools.combinations(scored, 2)]
-    pairs: list[tuple[int, int]] = []
-    left_out: Counter[str] = Counter()
-    for (better, high), (worse, low) in looked_at:
-        if high == low:
-            left_out["ties"] += 1
-        elif high - low <= label.min_margin:
-            left_out["close"] += 1
-        elif texts[better] == texts[worse]:
-            left_out["equal_texts"] += 1
-        else:
-            pairs.append((better, worse))
-    return pairs, left_out
-
-
-def pair_rows(answers: Sequence[Row], label: LabelBlock) -> tuple[list[Row], Counter[str]]:
-    """Rows of answers.jsonl as rows of pairs.jsonl, in the format `pairs`; and what makes no pair, by reason.
-
-    The margin is not called `margin`, which the reward model's loss would take for its own scale.
-    """
-    rows: list[Row] = []
-    left_out: Counter[str] = Counter()
-    for start in range(0, len(answers), label.answers):
-        group = answers[start : start + label.answers]
-        texts = [row["answer"] for row in group]
-        # An answer that was cut off would be learned as one that ends there.
-        dropped = [label.unfinished == "drop" and not row["finished"] for row in group]
-        scores = [None if drop else row["score"] for row, drop in zip(group, dropped, strict=True)]
-        pairs, reasons = compare(texts, scores, label)
-        left_out += reasons + Counter(unfinished=sum(dropped))
-        rows += [
-            {
-                "prompt": group[0]["prompt"],
-                "chosen": texts[better],
-                "rejected": texts[worse],
-                "score_margin": scores[better] - scores[worse],
-                "score_chosen": scores[better],
-                "score_rejected": scores[worse],
-                "row": group[0]["row"],
-            }
-            for better, worse in pairs
-        ]
-    return rows, left_out
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
@@ -182,7 +119,7 @@ class LabelCollector:
     def describe(self, answers: list[Row]) -> dict[str, float]:
         """What the answers of a step were like, and what became of them."""
         scores = [row["score"] for row in answers if row["score"] is not None]
-        pairs, left_out = pair_rows(answers, self.label)
+        pairs, left_out = pair_rows(answers, self.label, first=answers[0]["place"][0])
         metrics = {
             "reward/score_mean": statistics.fmean(scores),
             "reward/unscored": float(len(answers) - len(scores)),
@@ -195,6 +132,8 @@ class LabelCollector:
             "label/too_few_scored": float(left_out["too_few_scored"]),
             "label/unfinished": float(left_out["unfinished"]),
         }
+        if best := best_rows(answers, self.label):
+            metrics["label/best_score"] = statistics.fmean(row["score"] for row in best)
         if pairs:
             metrics["label/margin"] = statistics.fmean(row["score_margin"] for row in pairs)
         if len(scores) > 1:
@@ -261,10 +200,10 @@ def go_on(source: LabelCollector) -> int:
 
 
 def publish(source: LabelCollector) -> None:
-    """Write the pairs, then the manifest, on rank 0."""
-    folder = source.folder
+    """Write the pairs and what else is made of the answers, then the manifest, on rank 0."""
+    folder, label = source.folder, source.label
     answers = commit.read_jsonl(folder.answers)
-    pairs, left_out = pair_rows(answers, source.label)
+    pairs, left_out = pair_rows(answers, label)
     logger.info("%d pairs; left out: %s", len(pairs), dict(sorted(left_out.items())) or "none")
     if not pairs:
         raise DataError(
@@ -272,15 +211,24 @@ def publish(source: LabelCollector) -> None:
             where=str(folder.answers),
             fix="Sample more answers (label.answers) or at a higher sampling.temperature, or lower label.min_margin.",
         )
-    write_rows(folder.pairs, pairs)
+    best, lists = best_rows(answers, label), list_rows(answers, label)
+    made = {folder.pairs: pairs, folder.best: best, folder.lists: lists}
+    for path, rows in made.items():
+        write_rows(path, rows)
+    best_of = best_of_n(answers, label)
+    told = ", ".join(f"{point['n']}: {point['score']:.3g}" for point in best_of["curve"])
+    logger.info("score of the best of n answers: %s", told or "unknown, no prompt has all its answers scored")
     facts = {
         "prompts": len(source.prompts),
         "answers": len(answers),
         "unscored": sum(row["score"] is None for row in answers),
         "pairs": len(pairs),
+        "best": len(best),
+        "lists": len(lists),
         "left_out": dict(sorted(left_out.items())),
+        "best_of_n": best_of,
     }
-    folder.publish("data", facts, source.steps, plain_files=[folder.pairs, folder.answers])
+    folder.publish("data", facts, source.steps, plain_files=[*made, folder.answers])
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:

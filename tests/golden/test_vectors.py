@@ -31,10 +31,11 @@ from rlhf.algo.value import ppo_value
 from rlhf.batch import PairLogprobs
 from tests.golden.preferences import COMPUTE as PREFERENCES
 from tests.golden.preferences import gradients
+from tests.golden.schemes import COMPUTE as SCHEMES
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 116
+NUM_VECTORS = 121
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
@@ -285,6 +286,7 @@ COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "adaptive_kl": controller(adaptive, "target", "horizon"),
     "ppo_penalty_beta": controller(ppo_penalty_beta, "target"),
     "dapo_overlong": overlong,
+    **SCHEMES,
 }
 
 
