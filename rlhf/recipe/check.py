@@ -21,6 +21,7 @@ from rlhf.recipe.data_rules import (
     templates,
 )
 from rlhf.recipe.label_rules import devices_share_answers, only_asked
+from rlhf.recipe.merge_rules import different_models, merged_models, one_process, some_weight, two_models
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.reward_options import FunctionReward, ModelReward, ProcessReward
@@ -28,7 +29,9 @@ from rlhf.recipe.reward_rules import named_rewards, reward_options
 from rlhf.recipe.schema import ModelRef, ZeroBlock
 from rlhf.recipe.shared_rules import share_base
 from rlhf.recipe.stages import (
+    AnyRecipe,
     LabelRecipe,
+    MergeRecipe,
     OnlineRecipe,
     PPORecipe,
     PreferenceRecipe,
@@ -42,7 +45,7 @@ Problems = Iterator[Problem]
 OfflineRecipe = SFTRecipe | RewardRecipe | PreferenceRecipe
 
 
-def check_recipe(stage: str, recipe: Recipe, world_size: int | None = None) -> list[Problem]:
+def check_recipe(stage: str, recipe: AnyRecipe, world_size: int | None = None) -> list[Problem]:
     """Every broken rule of a stage. Without `world_size` (devices not known yet) rules about devices are left out."""
     problems = [problem for rule in RULES[stage] for problem in rule(recipe)]
     if world_size is not None:
@@ -110,6 +113,13 @@ def sources_of_roles(recipe: Recipe) -> Problems:
     for key, ref, is_optional in _roles(recipe):
         if key != "model":
             yield from one_source(key, ref, is_optional=is_optional)
+        yield from revision(key, ref)
+
+
+def sources_of_merged(recipe: MergeRecipe) -> Problems:
+    """The base and every model are named once."""
+    for key, ref in merged_models(recipe):
+        yield from one_source(key, ref)
         yield from revision(key, ref)
 
 
@@ -291,6 +301,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "grpo": ONLINE,
     "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts),
     "label": (*COMMON, only_asked, room_for_prompts, stop_texts, reward_options),
+    "merge": (sources_of_merged, different_models, some_weight, two_models),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "sft": (devices_share_batches,),
@@ -299,6 +310,7 @@ DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "grpo": (devices_share_rollouts,),
     "dpo": (devices_share_batches,),
     "label": (devices_share_answers,),
+    "merge": (one_process,),
 }
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -311,18 +323,19 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.endswith(DATA_SUFFIXES) or os.path.exists(path)
 
 
-def missing_files(recipe: Recipe) -> list[Problem]:
+def missing_files(recipe: AnyRecipe) -> list[Problem]:
     """Templates and reward functions named by the recipe that are not there, relative to the current directory."""
     named = []
-    if recipe.model.chat_template and recipe.model.chat_template.endswith(".jinja"):
-        named.append(("model.chat_template", recipe.model.chat_template))
+    template = recipe.model.chat_template if isinstance(recipe, Recipe) else None
+    if template and template.endswith(".jinja"):
+        named.append(("model.chat_template", template))
     for key, reward in named_rewards(recipe):
         if isinstance(reward, (FunctionReward, ProcessReward)):
             named.append((f"{key}.function", reward.function.rpartition(":")[0]))
     return [_missing(key, file) for key, file in named if not Path(file).is_file()]
 
 
-def missing_data(recipe: Recipe) -> list[Problem]:
+def missing_data(recipe: AnyRecipe) -> list[Problem]:
     """Local data files and folders that are not there, relative to the current directory."""
     named = [(f"{key}.path", source.path) for key, source in sources(recipe) if source.path]
     return [_missing(key, path) for key, path in named if looks_local(path) and not Path(path).expanduser().exists()]
