@@ -157,6 +157,16 @@ def lora_target(recipe: Recipe) -> Problems:
         yield Problem("model.lora.target", "expected module names or all-linear, found nothing", "remove the key")
 
 
+def l1_of_a_change(recipe: SFTRecipe) -> Problems:
+    """What is held to its start has one, and is the weight itself: a product of two adapters is not sparse."""
+    if recipe.train.l1 and recipe.model.init is not None:
+        what, fix = "expected 0 for a model from scratch, found", "a random start is nothing to stay near: remove it"
+        yield Problem("train.l1", f"{what} {recipe.train.l1:g}", fix, ("model.init",))
+    if recipe.train.l1 and recipe.model.lora is not None:
+        what, fix = "expected 0 with adapters, found", "train in full, or thin the change out when merging (ties, dare)"
+        yield Problem("train.l1", f"{what} {recipe.train.l1:g}", fix, ("model.lora",))
+
+
 def no_dropout(recipe: Recipe) -> Problems:
     """Dropout makes the same tokens' log-probabilities differ between two passes: only SFT can live with that."""
     why = "only sft trains with dropout: elsewhere two passes over the same tokens must agree"
@@ -295,7 +305,7 @@ ONLINE: tuple[Rule, ...] = (
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (*COMMON, eval_data, stop_texts),
+    "sft": (*COMMON, l1_of_a_change, eval_data, stop_texts),
     "rm": (*COMMON, no_dropout, eval_data),
     "ppo": ONLINE,
     "grpo": ONLINE,

@@ -74,6 +74,16 @@ class PreferenceTrainBlock(TrainBlock):
     lr: float = Field(1e-6, gt=0, description="peak learning rate")
 
 
+class SFTTrainBlock(TrainBlock):
+    """Offline training that may be held to its start."""
+
+    l1: float = Field(
+        0.0,
+        ge=0,
+        description="L1 penalty on what training changes, as a share of lr per step; leaves most weights as they were",
+    )
+
+
 class PPOTrainBlock(OnlineTrainBlock):
     """On-policy training of an actor with a critic."""
 
@@ -170,7 +180,7 @@ class LearningRecipe(Recipe):
 class SFTRecipe(LearningRecipe):
     """Supervised fine-tuning on completions."""
 
-    train: TrainBlock = Field(TrainBlock(), description="optimisation")
+    train: SFTTrainBlock = Field(SFTTrainBlock(), description="optimisation")
     eval: EvalBlock = Field(EvalBlock(), description="held-out loss while training")
     sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
 
