@@ -48,6 +48,7 @@ STAGES = {
     "grpo": "GRPO: groups of answers instead of a critic.",
     "dpo": "DPO and its family, on pairs, single labelled answers or lists.",
     "label": "Preference pairs from a policy: answers sampled, scored and compared.",
+    "merge": "One policy from several that were trained from the same base.",
 }
 
 
@@ -148,7 +149,7 @@ def explain(
 
 
 @app.command(help="JSON Schema of a stage's recipe, for editors.")
-def schema(stage: Annotated[str, typer.Argument(help="sft, rm, ppo, grpo, dpo or label", show_default=False)]) -> None:
+def schema(stage: Annotated[str, typer.Argument(help=", ".join(STAGES), show_default=False)]) -> None:
     from rlhf.recipe.explain import json_schema
 
     if stage not in STAGES:

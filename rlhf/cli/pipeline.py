@@ -8,7 +8,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.cli.stages import StageCommand, err, show_dry_run, slots, wanted_world
+from rlhf.cli.stages import IN_ONE_PROCESS, StageCommand, err, show_dry_run, slots, wanted_world
 from rlhf.errors import NumericsError, UserError
 from rlhf.recipe.load import LoadedRecipe, PipelineCommand, dump_recipe, load_pipeline, load_recipe
 from rlhf.run.commit import read_jsonl
@@ -66,7 +66,8 @@ def run_job(command: StageCommand) -> None:
 
 
 def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageCommand:
-    """The command that a step of the pipeline stands for."""
+    """The command that a step of the pipeline stands for. Devices go to the stages that have a use for them."""
+    is_alone = step.stage in IN_ONE_PROCESS
     return StageCommand(
         step.stage,
         step.recipe,
@@ -74,9 +75,9 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
         None if step.name == step.stage else step.name,
         [*step.overrides, *options.overrides],
         options.dry_run,
-        options.gpus,
-        options.num_nodes,
-        options.hostfile,
+        None if is_alone else options.gpus,
+        None if is_alone else options.num_nodes,
+        None if is_alone else options.hostfile,
         allow_code=options.allow_code,
     )
 

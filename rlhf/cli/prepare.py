@@ -11,7 +11,7 @@ from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.reward_options import FunctionReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards
-from rlhf.recipe.stages import Recipe
+from rlhf.recipe.stages import AnyRecipe, Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import (
@@ -69,7 +69,8 @@ def prepare(
 
 def check_extras(loaded: LoadedRecipe) -> None:
     """What a recipe asks for beyond the package's own requirements must be installed."""
-    if loaded.recipe.log.wandb and importlib.util.find_spec("wandb") is None:
+    recipe = loaded.recipe
+    if isinstance(recipe, Recipe) and recipe.log.wandb and importlib.util.find_spec("wandb") is None:
         raise RecipeError(
             "expected the package wandb, found it not installed",
             where=f"{loaded.place('log.wandb')}: log.wandb",
@@ -112,7 +113,7 @@ def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:
                 )
 
 
-def check_data(recipe: Recipe, stage: str) -> dict[str, str]:
+def check_data(recipe: AnyRecipe, stage: str) -> dict[str, str]:
     """Look at the first row of every local source; returns the identity of each source's content, by recipe key."""
     from rlhf.data.sources import all_sources, check_sources, fingerprint  # imports datasets only where it must
 

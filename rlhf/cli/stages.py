@@ -1,4 +1,4 @@
-"""`rlhf sft | rm | ppo | grpo | dpo | label`: one function behind all of them, so that their options are identical."""
+"""`rlhf sft | rm | ppo | grpo | dpo | label | merge`: one function behind all, so that their options are identical."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ NEXT = {
     "grpo": "rlhf report {run}",
     "dpo": "rlhf report {run}",
     "label": "rlhf rm RECIPE --run {run} --set data.from={name}",
+    "merge": "rlhf report {run}",
 }
+IN_ONE_PROCESS = ("merge",)  # stages that are given no devices
 RANKS_PER_CORE = 2  # on a CPU, where ranks are for trying things out
 out, err = Console(highlight=False), Console(stderr=True, highlight=False)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rlhf.batch import Loss
 from rlhf.engine import dist, zero
+from rlhf.engine.proximal import PullToStart
 from rlhf.errors import CheckpointError, NumericsError, UnsafeError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
@@ -73,6 +74,18 @@ class Engine:
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
             self._engine.train()
+
+    def pull_to_start(self, l1: float) -> None:
+        """Hold the trained weights to what they are now, by an L1 penalty on the change. Call it before `load`."""
+        optimizer = self._engine.optimizer
+        if self.zero.stage == 0:
+            weights = list(self.trained.values())
+        elif self.zero.stage == 3:
+            weights = optimizer.fp32_partitioned_groups_flat
+        else:
+            weights = optimizer.single_partition_of_fp32_groups
+        base = optimizer if self.zero.stage == 0 else optimizer.optimizer
+        base.register_step_post_hook(PullToStart(weights, l1))
 
     @property
     def module(self) -> nn.Module:

@@ -21,6 +21,7 @@ from rlhf.recipe.data_rules import (
     templates,
 )
 from rlhf.recipe.label_rules import devices_share_answers, only_asked, rejection_sampling
+from rlhf.recipe.merge_rules import different_models, merged_models, one_process, some_weight, two_models
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.preference_rules import PREFERENCE_RULES
 from rlhf.recipe.problems import Problem, closest
@@ -29,7 +30,9 @@ from rlhf.recipe.reward_rules import named_rewards, reward_options
 from rlhf.recipe.schema import ModelRef, ZeroBlock
 from rlhf.recipe.shared_rules import share_base
 from rlhf.recipe.stages import (
+    AnyRecipe,
     LabelRecipe,
+    MergeRecipe,
     OnlineRecipe,
     PPORecipe,
     PreferenceRecipe,
@@ -43,7 +46,7 @@ Problems = Iterator[Problem]
 OfflineRecipe = SFTRecipe | RewardRecipe | PreferenceRecipe
 
 
-def check_recipe(stage: str, recipe: Recipe, world_size: int | None = None) -> list[Problem]:
+def check_recipe(stage: str, recipe: AnyRecipe, world_size: int | None = None) -> list[Problem]:
     """Every broken rule of a stage. Without `world_size` (devices not known yet) rules about devices are left out."""
     problems = [problem for rule in RULES[stage] for problem in rule(recipe)]
     if world_size is not None:
@@ -115,6 +118,13 @@ def sources_of_roles(recipe: Recipe) -> Problems:
         yield from revision(key, ref)
 
 
+def sources_of_merged(recipe: MergeRecipe) -> Problems:
+    """The base and every model are named once."""
+    for key, ref in merged_models(recipe):
+        yield from one_source(key, ref)
+        yield from revision(key, ref)
+
+
 def _roles(recipe: Recipe) -> Iterator[tuple[str, ModelRef, bool]]:
     """(key, block, may it be left without a source) of every model in a recipe."""
     yield "model", recipe.model, False
@@ -149,6 +159,16 @@ def lora_target(recipe: Recipe) -> Problems:
     """Adapters need somewhere to go."""
     if recipe.model.lora is not None and not recipe.model.lora.target:
         yield Problem("model.lora.target", "expected module names or all-linear, found nothing", "remove the key")
+
+
+def l1_of_a_change(recipe: SFTRecipe) -> Problems:
+    """What is held to its start has one, and is the weight itself: a product of two adapters is not sparse."""
+    if recipe.train.l1 and recipe.model.init is not None:
+        what, fix = "expected 0 for a model from scratch, found", "a random start is nothing to stay near: remove it"
+        yield Problem("train.l1", f"{what} {recipe.train.l1:g}", fix, ("model.init",))
+    if recipe.train.l1 and recipe.model.lora is not None:
+        what, fix = "expected 0 with adapters, found", "train in full, or thin the change out when merging (ties, dare)"
+        yield Problem("train.l1", f"{what} {recipe.train.l1:g}", fix, ("model.lora",))
 
 
 def no_dropout(recipe: Recipe) -> Problems:
@@ -289,12 +309,13 @@ ONLINE: tuple[Rule, ...] = (
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {
-    "sft": (*COMMON, eval_data, stop_texts),
+    "sft": (*COMMON, l1_of_a_change, eval_data, stop_texts),
     "rm": (*COMMON, no_dropout, eval_data),
     "ppo": ONLINE,
     "grpo": ONLINE,
     "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts, *PREFERENCE_RULES),
     "label": (*COMMON, only_asked, rejection_sampling, room_for_prompts, stop_texts, reward_options),
+    "merge": (sources_of_merged, different_models, some_weight, two_models),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "sft": (devices_share_batches,),
@@ -303,6 +324,7 @@ DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "grpo": (devices_share_rollouts,),
     "dpo": (devices_share_batches,),
     "label": (devices_share_answers,),
+    "merge": (one_process,),
 }
 
 # --- files ---------------------------------------------------------------------------------------------------------
@@ -315,18 +337,19 @@ def looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or path.endswith(DATA_SUFFIXES) or os.path.exists(path)
 
 
-def missing_files(recipe: Recipe) -> list[Problem]:
+def missing_files(recipe: AnyRecipe) -> list[Problem]:
     """Templates and reward functions named by the recipe that are not there, relative to the current directory."""
     named = []
-    if recipe.model.chat_template and recipe.model.chat_template.endswith(".jinja"):
-        named.append(("model.chat_template", recipe.model.chat_template))
+    template = recipe.model.chat_template if isinstance(recipe, Recipe) else None
+    if template and template.endswith(".jinja"):
+        named.append(("model.chat_template", template))
     for key, reward in named_rewards(recipe):
         if isinstance(reward, (FunctionReward, ProcessReward)):
             named.append((f"{key}.function", reward.function.rpartition(":")[0]))
     return [_missing(key, file) for key, file in named if not Path(file).is_file()]
 
 
-def missing_data(recipe: Recipe) -> list[Problem]:
+def missing_data(recipe: AnyRecipe) -> list[Problem]:
     """Local data files and folders that are not there, relative to the current directory."""
     named = [(f"{key}.path", source.path) for key, source in sources(recipe) if source.path]
     return [_missing(key, path) for key, path in named if looks_local(path) and not Path(path).expanduser().exists()]

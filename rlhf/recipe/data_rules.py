@@ -7,7 +7,15 @@ from collections.abc import Iterator
 
 from rlhf.recipe.problems import Problem
 from rlhf.recipe.schema import SourceBlock
-from rlhf.recipe.stages import PreferenceRecipe, Recipe, RewardRecipe, ScoringRecipe, SFTRecipe, data_blocks
+from rlhf.recipe.stages import (
+    AnyRecipe,
+    PreferenceRecipe,
+    Recipe,
+    RewardRecipe,
+    ScoringRecipe,
+    SFTRecipe,
+    data_blocks,
+)
 
 Problems = Iterator[Problem]
 INLINE = [key for key in SourceBlock.model_fields if key not in ("from_", "path")]
@@ -60,7 +68,7 @@ def templates(recipe: Recipe) -> Problems:
                 yield Problem(f"{key}.templates.{name}", f"expected text with {{columns}}, found {reason}", fix)
 
 
-def sources(recipe: Recipe) -> Iterator[tuple[str, SourceBlock]]:
+def sources(recipe: AnyRecipe) -> Iterator[tuple[str, SourceBlock]]:
     """Every source of a recipe with its key, held-out ones too."""
     for data in data_blocks(recipe):
         if not data.sources:

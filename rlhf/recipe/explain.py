@@ -10,7 +10,7 @@ from rlhf.errors import RecipeError
 from rlhf.recipe.fields import Option, meaning, options, tags, walk
 from rlhf.recipe.problems import choice, closest
 from rlhf.recipe.schema import Block, TrainBlock
-from rlhf.recipe.stages import RECIPES, LabelRecipe, LearningRecipe, OnlineRecipe, Recipe
+from rlhf.recipe.stages import RECIPES, AnyRecipe, LabelRecipe, LearningRecipe, MergeRecipe, OnlineRecipe
 
 Entry = tuple[str, str, Option]  # dotted key, the choice under which it exists or "", option
 
@@ -115,12 +115,14 @@ def offline_steps(train: TrainBlock, num_rows: int) -> int:
     return max(1, math.ceil(round(num_rows * train.epochs / train.batch_size, 9)))
 
 
-def describe_batch(recipe: Recipe, world_size: int, num_rows: int | None = None) -> list[str]:
+def describe_batch(recipe: AnyRecipe, world_size: int, num_rows: int | None = None) -> list[str]:
     """The batch arithmetic in a line or two: from rows or prompts to optimizer steps. num_rows: None while unknown."""
     if isinstance(recipe, OnlineRecipe):
         return _online_batch(recipe, world_size)
     if isinstance(recipe, LabelRecipe):
         return _label_batch(recipe, world_size)
+    if isinstance(recipe, MergeRecipe):
+        return [_merge_sum(recipe)]
     assert isinstance(recipe, LearningRecipe)
     train = recipe.train
     assert isinstance(train, TrainBlock)
@@ -160,6 +162,11 @@ def _label_batch(recipe: LabelRecipe, world_size: int) -> list[str]:
     return [
         f"{_count(label.batch, 'prompt')} x {label.answers} answers = {_count(total, 'row')} per step -> {together}"
     ]
+
+
+def _merge_sum(recipe: MergeRecipe) -> str:
+    terms = " + ".join(f"{model.weight:g} x {model.from_ or model.path}" for model in recipe.models)
+    return f"{recipe.method.name}: {terms}, each less {recipe.base.from_ or recipe.base.path}, which they are added to"
 
 
 def _micro_batches(rows: int, micro_batch: int, world_size: int) -> str:

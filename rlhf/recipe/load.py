@@ -17,13 +17,13 @@ from rlhf.recipe.overrides import apply_overrides
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.rounds import expand_rounds
 from rlhf.recipe.schema import Block
-from rlhf.recipe.stages import RECIPES, Expectation, Pipeline, Recipe
+from rlhf.recipe.stages import RECIPES, AnyRecipe, Expectation, Pipeline
 from rlhf.recipe.translate import translate
 
 AnyBlock = TypeVar("AnyBlock", bound=Block)
 
 # Take the place of a required block that is wrong, so that the rest of the recipe can still be checked.
-STAND_INS = {"model": {"path": "-"}, "data": {"path": "-"}}
+STAND_INS = {"model": {"path": "-"}, "data": {"path": "-"}, "base": {"path": "-"}}
 ROUNDS = 5
 
 
@@ -32,7 +32,7 @@ class LoadedRecipe:
     """A valid recipe and what is known about its text."""
 
     stage: str
-    recipe: Recipe
+    recipe: AnyRecipe
     document: Document
     overrides: tuple[str, ...]
     notices: tuple[str, ...]  # what `--set` replaced, for the log
@@ -172,6 +172,6 @@ def load_pipeline(path: str | Path) -> list[PipelineCommand]:
     return commands
 
 
-def dump_recipe(recipe: Recipe) -> str:
+def dump_recipe(recipe: AnyRecipe) -> str:
     """YAML with every default written out, in the order of the schema; loading it gives an equal recipe."""
     return to_yaml(recipe.model_dump(mode="json", by_alias=True))

@@ -8,17 +8,17 @@ from urllib.parse import urlsplit
 
 from rlhf.recipe.problems import Problem
 from rlhf.recipe.reward_options import FormatReward, FunctionReward, HttpReward, ProcessReward, Reward
-from rlhf.recipe.stages import OnlineRecipe, Recipe, ScoringRecipe
+from rlhf.recipe.stages import AnyRecipe, OnlineRecipe, ScoringRecipe
 
 
-def named_rewards(recipe: Recipe) -> Iterator[tuple[str, Reward]]:
+def named_rewards(recipe: AnyRecipe) -> Iterator[tuple[str, Reward]]:
     """(recipe key, reward) of every reward of a recipe: rewards.0, rewards.1, test_rewards.0, ..."""
     for key, rewards in _lists(recipe):
         for i, reward in enumerate(rewards):
             yield f"{key}.{i}", reward
 
 
-def _lists(recipe: Recipe) -> Iterator[tuple[str, list[Reward]]]:
+def _lists(recipe: AnyRecipe) -> Iterator[tuple[str, list[Reward]]]:
     if isinstance(recipe, ScoringRecipe):
         yield "rewards", recipe.rewards
     if isinstance(recipe, OnlineRecipe):

@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.guard_options import GuardsBlock
 from rlhf.recipe.loss_options import DroVLoss
+from rlhf.recipe.merge_options import LinearMerge, MergeChoice, MergedModel
 from rlhf.recipe.options import PreferenceLoss, RewardLoss, RmBtLoss
 from rlhf.recipe.pair_options import DpoLoss
 from rlhf.recipe.policy_options import (
@@ -80,6 +81,16 @@ class PreferenceTrainBlock(TrainBlock):
     """Offline training, with a learning rate for preference losses."""
 
     lr: float = Field(1e-6, gt=0, description="peak learning rate")
+
+
+class SFTTrainBlock(TrainBlock):
+    """Offline training that may be held to its start."""
+
+    l1: float = Field(
+        0.0,
+        ge=0,
+        description="L1 penalty on what training changes, as a share of lr per step; leaves most weights as they were",
+    )
 
 
 class PPOTrainBlock(OnlineTrainBlock):
@@ -164,8 +175,12 @@ class LabelBlock(Block):
         return min(max(1, self.rollout_batch // self.answers), self.batch)
 
 
-class Recipe(Block):
-    """What every stage has."""
+class AnyRecipe(Block):
+    """What a subcommand is given: no key is common to all."""
+
+
+class Recipe(AnyRecipe):
+    """What every stage with a model and data has."""
 
     model: ModelBlock = Field(description="the model to train")
     data: DataBlock = Field(description="what to learn from, or the prompts to answer")
@@ -184,7 +199,7 @@ class LearningRecipe(Recipe):
 class SFTRecipe(LearningRecipe):
     """Supervised fine-tuning on completions."""
 
-    train: TrainBlock = Field(TrainBlock(), description="optimisation")
+    train: SFTTrainBlock = Field(SFTTrainBlock(), description="optimisation")
     eval: EvalBlock = Field(EvalBlock(), description="held-out loss while training")
     sampling: SamplingBlock = Field(SamplingBlock(), description="how the sample generations are drawn")
 
@@ -292,23 +307,34 @@ class LabelRecipe(Recipe):
     label: LabelBlock = Field(LabelBlock(), description="which answers are compared")
 
 
+class MergeRecipe(AnyRecipe):
+    """One policy from several that were trained from the same base, without data and without training."""
+
+    base: ModelRef = Field(description="the policy that all models were trained from")
+    models: list[MergedModel] = Field(min_length=1, description="policies trained from the base, with their weights")
+    method: MergeChoice = Field(LinearMerge(), description="how their changes are put together")
+    dtype: Literal["fp32", "bf16"] = Field("fp32", description="type of the published weights; arithmetic is fp32")
+
+
 ScoringRecipe = OnlineRecipe | LabelRecipe  # answers are sampled and scored
 
 
-def data_blocks(recipe: Recipe) -> Iterator[DataBlock]:
+def data_blocks(recipe: AnyRecipe) -> Iterator[DataBlock]:
     """The datasets of a recipe."""
-    yield recipe.data
+    if isinstance(recipe, Recipe):
+        yield recipe.data
     if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
         yield recipe.pretraining.data
 
 
-RECIPES: dict[str, type[Recipe]] = {
+RECIPES: dict[str, type[AnyRecipe]] = {
     "sft": SFTRecipe,
     "rm": RewardRecipe,
     "ppo": PPORecipe,
     "grpo": GRPORecipe,
     "dpo": PreferenceRecipe,
     "label": LabelRecipe,
+    "merge": MergeRecipe,
 }
 
 
@@ -323,7 +349,7 @@ class Expectation(Block):
 class PipelineStep(Block):
     """One command of a pipeline: `rlhf STAGE RECIPE --name NAME --set ...`."""
 
-    stage: Literal["sft", "rm", "ppo", "grpo", "dpo", "label"] = Field(description="the subcommand")
+    stage: Literal["sft", "rm", "ppo", "grpo", "dpo", "label", "merge"] = Field(description="the subcommand")
     recipe: str = Field(description="its recipe, relative to the pipeline file")
     name: str | None = Field(None, description="stage folder; default: the subcommand")
     set: dict[str, Any] = Field({}, description="overrides, e.g. {kl.coef: 0.02}")

@@ -25,7 +25,7 @@ from rlhf.run.stage import SET_ASIDE, StageDir, StageSummary
 _NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,99}")
 _COMMAND_OF_KIND = {"policy": "sft", "reward": "rm", "value": "ppo", "data": "label"}
 _CALLED = {"policy": "policy", "reward": "reward model", "value": "value model", "data": "set of labelled pairs"}
-_COMMANDS = ("sft", "rm", "dpo", "ppo", "grpo", "label")
+_COMMANDS = ("sft", "rm", "dpo", "ppo", "grpo", "label", "merge")
 
 
 class RunDir:

@@ -7,11 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.recipe.merge_rules import merged_models
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.schema import DataBlock, ModelRef, SourceBlock
 from rlhf.recipe.stages import (
+    AnyRecipe,
     LabelRecipe,
+    MergeRecipe,
     OnlineRecipe,
     PPORecipe,
     PreferenceRecipe,
@@ -28,8 +31,12 @@ Kind = Literal["tokens", "pairs", "answers", "lists", "prompts"]
 POLICY, SCORER, LABELLED = ("policy",), ("reward", "value"), ("data",)
 
 
-def model_refs(stage: str, recipe: Recipe) -> Iterator[tuple[str, ModelRef, tuple[str, ...]]]:
+def model_refs(stage: str, recipe: AnyRecipe) -> Iterator[tuple[str, ModelRef, tuple[str, ...]]]:
     """(recipe key, what it names, kinds of stage it accepts) for every model of a recipe."""
+    if isinstance(recipe, MergeRecipe):
+        yield from ((key, ref, POLICY) for key, ref in merged_models(recipe))
+        return
+    assert isinstance(recipe, Recipe)
     yield "model", recipe.model, (*POLICY, "reward") if stage == "rm" else POLICY
     if isinstance(recipe, (PreferenceRecipe, OnlineRecipe)):
         yield "reference", recipe.reference, POLICY
@@ -60,13 +67,13 @@ def data_kinds(recipe: Recipe) -> list[tuple[DataBlock, Kind]]:
     return [(data, data_kind(recipe) if data is recipe.data else "tokens") for data in data_blocks(recipe)]
 
 
-def data_refs(recipe: Recipe) -> Iterator[tuple[str, SourceBlock]]:
+def data_refs(recipe: AnyRecipe) -> Iterator[tuple[str, SourceBlock]]:
     """(recipe key, source) of all data of a recipe that a label stage has made."""
     for data in data_blocks(recipe):
         yield from ((key, source) for key, source in _sources(data) if source.from_)
 
 
-def with_paths(recipe: Recipe, parents: dict[str, Parent]) -> Recipe:
+def with_paths(recipe: AnyRecipe, parents: dict[str, Parent]) -> AnyRecipe:
     """The recipe with a path beside every `from` of its data; parents: the finished stage of each, by key."""
 
     def filled(key: str, source: Any) -> Any:
@@ -80,7 +87,7 @@ def with_paths(recipe: Recipe, parents: dict[str, Parent]) -> Recipe:
         return filled(key, data).model_copy(update={"sources": sources, "eval": held_out})
 
     found = {data.key: block(data) for data in data_blocks(recipe)}
-    changed: dict[str, Any] = {"data": found["data"]}
+    changed: dict[str, Any] = {"data": found["data"]} if "data" in found else {}
     if "pretraining.data" in found:
         changed["pretraining"] = recipe.pretraining.model_copy(update={"data": found["pretraining.data"]})
     return recipe.model_copy(update=changed)
@@ -97,9 +104,9 @@ def _sources(data: DataBlock) -> Iterator[tuple[str, SourceBlock]]:
 class Job:
     """One stage to run: everything was checked that can be checked without loading a model."""
 
-    stage: str  # sft, rm, ppo, grpo, dpo, label
+    stage: str  # sft, rm, ppo, grpo, dpo, label, merge
     folder: StageDir
-    recipe: Recipe  # sources that a stage has made have their path, see `with_paths`
+    recipe: AnyRecipe  # sources that a stage has made have their path, see `with_paths`
     recipe_text: str  # as given
     resolved_text: str  # every default written out
     parents: dict[str, Parent]  # recipe key (model, critic, rewards.0, data, ...) -> the finished stage it names

@@ -45,6 +45,8 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     recipe = job.recipe
     assert isinstance(recipe, SFTRecipe)
     engine = roles.policy_engine(job, tokenizer)
+    if recipe.train.l1:
+        engine.pull_to_start(recipe.train.l1)
     train, held_out = (token_dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
     return Parts(
         engines={"policy": engine},

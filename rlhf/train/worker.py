@@ -26,7 +26,7 @@ from rlhf.models.statistics import set_statistics
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
-from rlhf.train import stages
+from rlhf.train import merging, stages
 from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
@@ -57,6 +57,8 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
             return True
         if job.stage == "label":
             label(job, stop, console)
+        elif job.stage == "merge":
+            merging.merge(job, devices())
         else:
             train(job, checkpoint, stop, console)
     dist.finish()
