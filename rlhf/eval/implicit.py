@@ -158,7 +158,7 @@ def left_out(rows: Loaded, explicit: dict[int, Any] | None, pairs: int) -> dict[
     (source,) = rows.report.sources
     reasons = dict(source.dropped)
     if explicit is not None and len(rows.train) > pairs:
-        reasons["too long for the reward model"] = len(rows.train) - pairs
+        reasons["does not fit the reward model"] = len(rows.train) - pairs
     return {"read": source.read, "left_out": reasons}
 
 
