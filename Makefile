@@ -29,7 +29,7 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 demo: setup  ## SFT -> reward model -> PPO, GRPO, DPO on generated data, CPU only; ends with a table and a page
 	$(RLHF) run recipes/demo/pipeline.yaml --run runs/demo $(ARGS)
-	$(RLHF) eval runs/demo
+	$(RLHF) eval demo runs/demo
 	$(RLHF) report runs/demo
 
 test: setup  ## all tests

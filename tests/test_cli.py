@@ -28,7 +28,8 @@ COMMANDS = {
     "losses": "--json",
     "explain": "key --stage",
     "schema": "stage",
-    "eval": "run",
+    "eval demo": "run",
+    "eval implicit-reward": "run --data --policy --reference --reward --beta --tokens --json",
     "report": "run",
 }
 EXIT_CODES = {
@@ -51,8 +52,17 @@ def words(command) -> str:
     return " ".join(p.name if p.param_type_name == "argument" else "/".join(p.opts) for p in command.params)
 
 
+def leaves(group, name: str = "") -> dict[str, str]:
+    """Every command below a group, by all the words that call it."""
+    found = {}
+    for word, command in group.commands.items():
+        below = leaves(command, f"{name}{word} ") if hasattr(command, "commands") else {f"{name}{word}": words(command)}
+        found |= below
+    return found
+
+
 def test_commands_and_options_are_frozen():
-    assert {name: words(command) for name, command in get_command(app).commands.items()} == COMMANDS
+    assert leaves(get_command(app)) == COMMANDS
 
 
 def test_every_stage_has_identical_options():
@@ -68,9 +78,10 @@ def test_exit_codes_are_frozen():
 
 @pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_needs_no_torch(cold_cli, command):
-    done = cold_cli(*([command] if command else []), "--help")
+    done = cold_cli(*command.split(), "--help")
     assert done.code == 0 and not done.torch and done.err == ""
-    for option in COMMANDS[command].split() if command else COMMANDS.keys() - {"reward-model"}:
+    names = {name.split()[0] for name in COMMANDS} - {"reward-model"}
+    for option in COMMANDS[command].split() if command else names:
         assert option.split("/")[-1] in done.out
 
 
@@ -97,6 +108,9 @@ def test_version(cold_cli):
         (["run", "no-such.yaml", "--run", "x"], "expected a YAML file, found nothing"),
         (["show", "recipes/demo/pipeline.yaml"], "--stage sft | rm | ppo | grpo | dpo | label"),
         (["schema", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, found 'stf'"),
+        (["eval", "runs/demo"], "No such command 'runs/demo'"),
+        (["eval", "implicit-reward", "x"], "Missing option '--data'"),
+        (["eval", "implicit-reward", "x", "--data", "y", "--tokens", "-1"], "Invalid value for '--tokens'"),
         (["explain", "train.lrr"], "did you mean train.lr?"),
         (["explain", "lr", "--stage", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, found 'stf'"),
     ],

@@ -125,12 +125,20 @@ def test_rlhf_commands_are_accepted(page, words, workplace, monkeypatch):
     if command in STAGES or command == "run":
         words = [*words, *(["--dry-run"] if "--dry-run" not in words else [])]
     elif command not in REAL:
-        group = typer.main.get_command(app)
-        context = group.make_context("rlhf", list(words), resilient_parsing=False)
-        group.commands[command].make_context(command, words[1:], parent=context)
+        parse(typer.main.get_command(app), words)
         return
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, str(done.exception) if isinstance(done.exception, UserError) else done.output
+
+
+def parse(group: typer.core.TyperGroup, words: list[str]) -> None:
+    """The command that the words call takes its arguments and options; nothing is run."""
+    context = group.make_context("rlhf", list(words))
+    command = group.commands[words[0]]
+    if isinstance(command, typer.core.TyperGroup):
+        parse(command, words[1:])
+    else:
+        command.make_context(words[0], words[1:], parent=context)
 
 
 @pytest.mark.parametrize("words", MAKE)

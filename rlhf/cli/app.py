@@ -157,12 +157,32 @@ def schema(stage: Annotated[str, typer.Argument(help=", ".join(STAGES), show_def
     typer.echo(json.dumps(json_schema(stage), indent=2))
 
 
-@app.command(help="Judge a demo run with its gold reward: the closing table.", name="eval")
-def evaluate(run: RunArgument) -> None:
+evaluation = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(evaluation, name="eval", help="Judge finished stages.")
+
+
+@evaluation.command("demo", help="Judge a demo run with its gold reward: the closing table.")
+def judge_demo(run: RunArgument) -> None:
     from rlhf.eval.demo import evaluate_demo
 
     if not evaluate_demo(run):
         sys.exit(1)
+
+
+@evaluation.command("implicit-reward", help="Score pairs by beta log(policy / reference), beside a reward model.")
+def judge_implicit_reward(
+    run: RunArgument,
+    data: Annotated[list[str], typer.Option("--data", help="file or folder of pairs, hub id, or demo:...; repeatable")],
+    policy: Annotated[str, typer.Option("--policy", help="stage that learned from pairs")] = "dpo",
+    reference: Annotated[str | None, typer.Option("--reference", help="stage; default: what it learned from")] = None,
+    reward: Annotated[str | None, typer.Option("--reward", help="stage of a reward model to compare with")] = None,
+    beta: Annotated[float | None, typer.Option("--beta", help="scale of the reward; default: of its loss")] = None,
+    tokens: Annotated[int, typer.Option("--tokens", min=0, help="pairs to show with every token's credit")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    from rlhf.eval.implicit import Question, evaluate_implicit
+
+    evaluate_implicit(Question(run, policy, data, reference, reward, beta, tokens, as_json))
 
 
 @app.command(help="One page with everything a run directory knows: report/report.html.")

@@ -24,6 +24,7 @@ from rlhf.data.grammar import (
     LEXICON,
     POLARITY,
     VOCABULARY,
+    Edge,
     State,
     go_on,
     parses,
@@ -186,10 +187,10 @@ def _damage(words: list[str], rng: random.Random) -> list[str]:
     return words[:at] + (wrong if kind == 2 else []) + words[at + 1 :]
 
 
-def _answer(prompt: str, rng: random.Random) -> str:
+def _answer(prompt: str, rng: random.Random, edges: list[list[Edge]] = EDGES) -> str:
     """A random answer to a prompt, now and then a damaged one."""
     beginning = tokenize(prompt)
-    rest = go_on(beginning, rng)
+    rest = go_on(beginning, rng, edges)
     if rng.random() < _DAMAGED:
         rest = _damage(rest, rng)
     return render(beginning + rest)[len(prompt) :]
@@ -200,10 +201,13 @@ def preference(better: float, worse: float) -> float:
     return 1.0 / (1.0 + math.exp(worse - better))
 
 
-def pairs(rng: random.Random, *, evaluation: bool) -> Iterator[dict[str, str]]:
-    """An endless stream of prompts with two different answers, labelled by Bradley-Terry on the gold reward."""
+def pairs(rng: random.Random, *, evaluation: bool, edges: list[list[Edge]] = EDGES) -> Iterator[dict[str, str]]:
+    """An endless stream of prompts with two different answers, labelled by Bradley-Terry on the gold reward.
+
+    edges: the automaton that the writer of the answers goes by; prompts are always the task's own.
+    """
     for prompt, _ in reviews(rng, evaluation=evaluation):
-        first, second = _answer(prompt, rng), _answer(prompt, rng)
+        first, second = _answer(prompt, rng, edges), _answer(prompt, rng, edges)
         if first == second:
             continue
         if rng.random() >= preference(gold_reward(prompt, first), gold_reward(prompt, second)):

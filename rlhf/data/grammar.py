@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -69,7 +69,8 @@ LEXICON: dict[str, tuple[str, ...]] = {
 
 # A rule is its weighted alternatives. Upper case names a rule or a class of LEXICON, lower case stands for itself, and
 # a trailing ? means that half of the time the item is left out.
-RULES: dict[str, tuple[tuple[float, str], ...]] = {
+Rules = Mapping[str, tuple[tuple[float, str], ...]]
+RULES: Rules = {
     "REVIEW": (
         (3, "SETTING , LINK VERDICT ."),
         (4, "SETTING , LINK VERDICT , LINK VERDICT ."),
@@ -122,8 +123,11 @@ class Edge:
     to: State
 
 
-def _compile() -> tuple[list[list[Edge]], frozenset[State]]:
-    """The automaton of RULES and its accepting states. The grammar does not recurse, so every path is finite."""
+def compile_rules(rules: Rules) -> tuple[list[list[Edge]], frozenset[State]]:
+    """The automaton of `rules` and its accepting states. The grammar does not recurse, so every path is finite.
+
+    States are numbered by the order of items: rules that differ in their weights alone have the same states.
+    """
     edges: list[list[Edge]] = [[]]
 
     def extend(item: str, ends: dict[State, float]) -> dict[State, float]:
@@ -131,10 +135,10 @@ def _compile() -> tuple[list[list[Edge]], frozenset[State]]:
         if item.endswith("?"):
             skipped = {state: weight / 2 for state, weight in ends.items()}
             return extend(item[:-1], skipped) | skipped
-        if item in RULES:
+        if item in rules:
             reached: dict[State, float] = {}
-            total = sum(weight for weight, _ in RULES[item])
-            for weight, alternative in RULES[item]:
+            total = sum(weight for weight, _ in rules[item])
+            for weight, alternative in rules[item]:
                 current = {state: owed * weight / total for state, owed in ends.items()}
                 for part in alternative.split():
                     current = extend(part, current)
@@ -148,7 +152,7 @@ def _compile() -> tuple[list[list[Edge]], frozenset[State]]:
     return edges, frozenset(extend("REVIEW", {START: 1.0}))
 
 
-EDGES, ACCEPTING = _compile()
+EDGES, ACCEPTING = compile_rules(RULES)
 VOCABULARY: frozenset[str] = frozenset(word for edges in EDGES for edge in edges for word in edge.words)
 
 
@@ -162,13 +166,13 @@ def tokenize(text: str) -> list[str]:
     return re.findall(r"[^\s,.]+|[,.]", text)
 
 
-def reach(words: Iterable[str]) -> dict[State, float]:
+def reach(words: Iterable[str], edges: list[list[Edge]] = EDGES) -> dict[State, float]:
     """Where a beginning may stand in the automaton, with probabilities (unnormalised); empty if no review begins so."""
     states = {START: 1.0}
     for word in words:
         following: dict[State, float] = {}
         for state, probability in states.items():
-            for edge in EDGES[state]:
+            for edge in edges[state]:
                 if word in edge.words:
                     share = probability * edge.weight / len(edge.words)
                     following[edge.to] = following[edge.to] + share if edge.to in following else share
@@ -199,17 +203,18 @@ def _mood_weight(edge: Edge, mood: int) -> float:
     return edge.weight * (_IN_MOOD if agreement > 0 else _AGAINST if agreement < 0 else _NEUTRAL)
 
 
-def go_on(beginning: list[str], rng: random.Random) -> list[str]:
+def go_on(beginning: list[str], rng: random.Random, edges: list[list[Edge]] = EDGES) -> list[str]:
     """A random continuation of `beginning` up to the full stop.
 
     The writer has a good or a bad mood, drawn anew here: it decides most verdicts, `but` turns it over, and a negation
     turns over the one word that it applies to. Continuations of one beginning therefore differ much in sentiment.
+    edges: the automaton that the writer goes by.
     """
-    states = reach(beginning)
+    states = reach(beginning, edges)
     state = list(states)[_pick(list(states.values()), rng)]
     mood, sign, words = 1 if rng.random() < 0.5 else -1, 1, []
     while state not in ACCEPTING:
-        edge = EDGES[state][_pick([_mood_weight(edge, mood * sign) for edge in EDGES[state]], rng)]
+        edge = edges[state][_pick([_mood_weight(edge, mood * sign) for edge in edges[state]], rng)]
         words.append(edge.words[int(rng.random() * len(edge.words))])
         sign = -1 if edge.kind == "NEG" else 1 if edge.kind in POLARITY else sign
         mood = -mood if edge.kind == "CONTRAST" else mood

@@ -79,10 +79,10 @@ def _line(
     kept = np.concatenate([prompt_kept, answer_kept]) & (not is_dropped)
     trained = np.concatenate([np.zeros(len(one.prompt), np.bool_), mask]) & kept
     states = np.where(kept, np.where(trained, "trained", "context"), "dropped").tolist()
-    return Side(name, tuple(_words(tokenizer, np.concatenate([one.prompt, ids]).tolist())), tuple(states))
+    return Side(name, tuple(token_texts(tokenizer, np.concatenate([one.prompt, ids]).tolist())), tuple(states))
 
 
-def _words(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
+def token_texts(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> list[str]:
     """Each token's own text. Tokens that are part of a character show as the vocabulary writes them."""
     words = []
     for index, token in zip(ids, tokenizer.convert_ids_to_tokens(ids), strict=True):

@@ -22,11 +22,12 @@ from rlhf.data.demo import demo_rows
 from rlhf.data.formats import Kind, detect, require
 from rlhf.data.mapping import Mapping
 from rlhf.data.readers import SUFFIXES, Row, read_file, suffix_of
+from rlhf.data.shifts import SHIFTS, shift_rows
 from rlhf.errors import DataError, RecipeError, ServiceError, UnsafeError
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
-DEMO = "demo:"  # rows that are generated on the spot, see rlhf/data/demo.py
-DEMO_NAMES = ("sft", "pairs", "lists", "prompts", "eval_prompts", "eval_pairs", "eval_lists")
+DEMO = "demo:"  # rows that are generated on the spot, see rlhf/data/demo.py and shifts.py
+DEMO_NAMES = ("sft", "pairs", "lists", "prompts", "eval_prompts", "eval_pairs", "eval_lists", *SHIFTS)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves beside the data
 _SPLITS = {
@@ -94,7 +95,7 @@ def _demo_name(source: SourceBlock) -> str:
 
 @functools.cache
 def _demo_rows(name: str) -> list[dict[str, Any]]:
-    return demo_rows(name)
+    return list(shift_rows(name)) if name in SHIFTS else demo_rows(name)
 
 
 def fingerprint(source: SourceBlock, located: Located) -> str:

@@ -18,8 +18,8 @@ from rlhf.recipe.schema import DataBlock, SamplingBlock
 from rlhf.run.stage import StageDir
 
 Item = TypeVar("Item")
-_FROZEN = Setup.frozen("fp32", "sdpa")
-_ROWS = 128  # rows that are sampled or scored together
+FROZEN = Setup.frozen("fp32", "sdpa")
+ROWS = 128  # rows that are sampled or scored together
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Answers:
 def load_policy(stage: StageDir) -> PolicyModule:
     """The policy that a stage published, frozen."""
     folder = str(stage.model)
-    return PolicyModule(build_policy(folder, load_tokenizer(folder, None), _FROZEN))
+    return PolicyModule(build_policy(folder, load_tokenizer(folder, None), FROZEN))
 
 
 @torch.no_grad()
@@ -49,7 +49,7 @@ def evaluate_policy(stage: StageDir, reference: PolicyModule, prompts: str, samp
     examples = load_examples(DataBlock(path=prompts), tokenizer, "prompts", seed=0).train
     texts: list[str] = []
     kl: list[float] = []
-    for part in _parts(examples):
+    for part in in_parts(examples, ROWS):
         rollout = generate(
             policy,
             collate.prompts(part, facts["pad_id"]),
@@ -71,21 +71,31 @@ def _distances(policy: PolicyModule, reference: PolicyModule, *inputs: Any) -> t
     return policy(*inputs) - reference(*inputs)
 
 
-@torch.no_grad()
 def score_pairs(stage: StageDir, pairs: str) -> tuple[list[float], list[float]]:
     """Scores of the chosen and the rejected sides of a source of pairs, under the reward model of a finished stage."""
-    folder = str(stage.model)
-    tokenizer = load_tokenizer(folder, None)
-    model = ScorerModule(build_scorer(folder, tokenizer, _FROZEN, head="keep"))
-    examples = load_examples(DataBlock(path=pairs), tokenizer, "pairs", seed=0).train
-    sides: tuple[list[float], list[float]] = ([], [])
-    for part in _parts(examples):
-        batch = collate.pairs(part, tokenizer.pad_token_id)
-        for scores, tokens in zip(sides, (batch.chosen, batch.rejected), strict=True):
-            scores += model(tokens.ids, tokens.attention).tolist()
-    return sides
+    found = RewardModel(str(stage.model)).scores(DataBlock(path=pairs)).values()
+    return [chosen for chosen, _ in found], [rejected for _, rejected in found]
 
 
-def _parts(items: Sequence[Item]) -> Iterator[Sequence[Item]]:
-    for start in range(0, len(items), _ROWS):
-        yield items[start : start + _ROWS]
+class RewardModel:
+    """A published reward model, which reads answers with its own tokenizer and template."""
+
+    def __init__(self, folder: str) -> None:
+        self._tokenizer = load_tokenizer(folder, None)
+        self._model = ScorerModule(build_scorer(folder, self._tokenizer, FROZEN, head="keep"))
+
+    @torch.no_grad()
+    def scores(self, data: DataBlock) -> dict[int, tuple[float, float]]:
+        """Row number -> scores of the chosen and the rejected side, of all pairs that fit."""
+        found: dict[int, tuple[float, float]] = {}
+        for part in in_parts(load_examples(data, self._tokenizer, "pairs", seed=0).train, ROWS):
+            batch = collate.pairs(part, self._tokenizer.pad_token_id)
+            sides = [self._model(tokens.ids, tokens.attention).tolist() for tokens in (batch.chosen, batch.rejected)]
+            found |= {example.row: (chosen, rejected) for example, chosen, rejected in zip(part, *sides, strict=True)}
+        return found
+
+
+def in_parts(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    """Consecutive slices of `size` items, the last one perhaps shorter."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]

@@ -59,6 +59,7 @@ class RunPage:
     stages: list[StagePage]  # in the order in which they were started
     parents: dict[str, list[str]]
     demo: dict[str, Any] | None
+    implicit: dict[str, Any] | None
     problems: list[str]
 
 
@@ -70,10 +71,14 @@ def read_run(root: Path) -> RunPage:
     run = RunDir(root)
     problems: list[str] = []
     stages = [read_stage(run.stage(summary.name), summary) for summary in run.describe()]
-    demo_file = root / "report" / "demo.json"
-    demo = _attempt(lambda: read_json(demo_file), None, problems) if demo_file.exists() else None
+    demo, implicit = (_judgement(root / "report" / name, problems) for name in ("demo.json", "implicit.json"))
     parents = graph([root / stage.summary.name for stage in stages])
-    return RunPage(root.resolve().name, str(root), stages, parents, demo, problems)
+    return RunPage(root.resolve().name, str(root), stages, parents, demo, implicit, problems)
+
+
+def _judgement(path: Path, problems: list[str]) -> dict[str, Any] | None:
+    """What `rlhf eval` has written; None where it was not asked."""
+    return _attempt(lambda: read_json(path), None, problems) if path.exists() else None
 
 
 def read_stage(folder: StageDir, summary: StageSummary) -> StagePage:

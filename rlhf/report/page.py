@@ -9,6 +9,7 @@ from rlhf.report import sections
 from rlhf.report.collect import RunPage, read_run
 from rlhf.report.diagram import lineage_diagram
 from rlhf.report.findings import findings
+from rlhf.report.implicit import implicit_table
 from rlhf.report.style import CSS
 from rlhf.report.tags import Markup, tag
 from rlhf.run.commit import write_atomic
@@ -43,6 +44,7 @@ def render(run: RunPage, when: str) -> str:
             _overview(run),
             sections.look_at(run, found),
             sections.demo_table(run.demo) if run.demo else None,
+            implicit_table(run.implicit) if run.implicit else None,
             sections.comparison(run),
             [sections.stage_section(stage, found[stage.summary.name]) for stage in run.stages],
         ),

@@ -19,9 +19,10 @@ from torch import Tensor
 from rlhf.algo.advantages import dr_grpo, gae, grpo, grpo_batch, reinforce_pp, reinforce_pp_baseline, remax, rloo
 from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
 from rlhf.algo.controllers import adaptive, ppo_penalty_beta
+from rlhf.algo.credit import implicit_reward
 from rlhf.algo.kl import KL_ESTIMATORS, k1, k2, k3, seq_kl_exact
 from rlhf.algo.logprobs import entropy, token_logprobs
-from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, select, whiten, whiten_keeping_mean
+from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, whiten, whiten_keeping_mean
 from rlhf.algo.policy import gspo, mdloo, ppo_clip, ppo_dual_clip, reinforce, rloo_clip
 from rlhf.algo.preference import implicit_rewards
 from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
@@ -55,11 +56,8 @@ def on_tokens(values: Tensor, mask: Tensor) -> Tensor:
 
 
 def implicit(inputs: Inputs, hyper: Computed) -> Computed:
-    mask = inputs["mask"].bool()
-    sums = [row_sums(inputs[name], mask) for name in ("logp", "ref")]
-    pairs = PairLogprobs(sums[0], sums[1], sums[1], sums[0], sums[0], sums[0])
-    tokens = select(hyper["beta"] * k1(inputs["logp"], inputs["ref"]), mask)
-    return {"token_reward": tokens, "seq_reward": implicit_rewards(pairs, beta=hyper["beta"])[0]}
+    tokens, sums = implicit_reward(inputs["logp"], inputs["ref"], inputs["mask"].bool(), beta=hyper["beta"])
+    return {"token_reward": tokens, "seq_reward": sums}
 
 
 def supervised(inputs: Inputs, hyper: Computed) -> Computed:
