@@ -124,6 +124,20 @@ def test_an_interrupted_stage_with_running_numbers_resumes_exactly(cli, tiny, ro
     assert numbers(f"whole-{name}") == numbers(f"cut-{name}")
 
 
+def test_scores_outside_of_0_to_1_become_win_rates_for_losses_that_want_such(cli, tiny, tmp_path):
+    lists = [
+        {"prompt": f"the plot {n}", "answers": ["was fine", "was odd", "was"], "scores": [3.0 + n, -1.0, 0.5]}
+        for n in range(12)
+    ]
+    write(tmp_path / "lists.jsonl", lists)
+    data = f"data={{path: {tmp_path / 'lists.jsonl'}, max_length: 96}}"
+    for name in ("lipo_lambda", "listnet_softmax"):
+        done = cli(*tiny.command("dpo", "--name", f"raw-{name}", "--set", data, "--set", f"loss={{name: {name}}}"))
+        assert done.code == 0, done.err
+        assert "taken as win rates" in (tiny.root / f"raw-{name}" / "log.txt").read_text()
+        assert all(0 < row["train/loss"] < 10 for row in tiny.rows(f"raw-{name}"))
+
+
 # --- what cannot work -------------------------------------------------------------------------------------------------
 
 

@@ -9,9 +9,11 @@ from dataclasses import replace
 from itertools import zip_longest
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.algo.selection import win_rates
 from rlhf.data import collate
 from rlhf.data.examples import AnswerExample, ListExample, Loaded, PairExample
 from rlhf.data.mismatch import partners as mismatched_partners
@@ -42,6 +44,8 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     reference = _Lazy(lambda: roles.reference(job, tokenizer, engine))
     if valued is not None:
         data = with_standard_rewards(data)
+    if any(block.unit_scores for block in recipe.losses):
+        data = with_unit_scores(data)
     train, held_out = datasets(job, tokenizer, data, terms, reference)
     whole = reference() if any(term.block.whole for term in terms) else None
     contrast = next((block.k for block in recipe.losses if isinstance(block, CringeLoss | PairwiseCringeLoss)), 0)
@@ -136,6 +140,22 @@ def with_standard_rewards(data: Loaded) -> Loaded:
         return [replace(example, reward=(example.reward - mean) / std) for example in examples]
 
     return replace(data, train=standard(data.train), eval=standard(data.eval))
+
+
+def with_unit_scores(data: Loaded) -> Loaded:
+    """Lists whose scores lie in [0, 1]: as they are, or else how often each answer beats the others of its list.
+
+    A score is then the mean over the others of sigmoid(s_i - s_j), a reward read as a preference model.
+                                                                                          [arXiv:2402.01878 sec. 3.1]
+    """
+    if all(0 <= score <= 1 for example in (*data.train, *data.eval) for score in example.scores):
+        return data
+    logger.info("scores lie outside [0, 1]: taken as win rates within their lists")
+
+    def rated(examples: list[ListExample]) -> list[ListExample]:
+        return [replace(e, scores=tuple(win_rates(torch.tensor(e.scores)).tolist())) for e in examples]
+
+    return replace(data, train=rated(data.train), eval=rated(data.eval))
 
 
 def rows_for(kind: str, examples: list[Any], others: list[AnswerExample] | None, pad_id: int) -> Dataset:

@@ -24,12 +24,10 @@ from rlhf.algo.kl import KL_ESTIMATORS, k1, k2, k3, seq_kl_exact
 from rlhf.algo.logprobs import entropy, token_logprobs
 from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, whiten, whiten_keeping_mean
 from rlhf.algo.policy import gspo, mdloo, ppo_clip, ppo_dual_clip, reinforce, rloo_clip
-from rlhf.algo.preference import implicit_rewards
 from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
 from rlhf.algo.rewards import overlong_punishment, process_scores, shape_rewards
 from rlhf.algo.sft import sft
 from rlhf.algo.value import ppo_value
-from rlhf.batch import PairLogprobs
 from tests.golden.preferences import COMPUTE as PREFERENCES
 from tests.golden.preferences import gradients
 from tests.golden.schemes import COMPUTE as SCHEMES
