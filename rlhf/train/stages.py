@@ -16,7 +16,7 @@ from rlhf.models.statistics import ScoreStatistics
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.explain import offline_steps
 from rlhf.recipe.schema import SamplingBlock
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train import roles, scorers
 from rlhf.train.checkpoints import Running
@@ -33,6 +33,7 @@ from rlhf.train.objectives import (
     ValueObjective,
 )
 from rlhf.train.online import OnlineCollector
+from rlhf.train.opponent import Opponent
 from rlhf.train.progress import Progress
 from rlhf.train.reference import cached_pair_logprobs, pair_logprobs, reference_key, with_reference
 from rlhf.train.rollout import Sampler
@@ -192,19 +193,22 @@ def _online(
     scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=shared)
     tests = recipe.test_rewards
     state = OnlineState.at_start(recipe)
+    reference = shared.reference if shared else roles.reference(job, tokenizer, actor)
+    against = recipe.opponent if isinstance(recipe, GRPORecipe) else None
     mixed = None if data.pretraining is None else token_dataset(data.pretraining.train, tokenizer.pad_token_id)
     collector = OnlineCollector(
         recipe,
         data.train,
         sampler(actor, tokenizer, recipe.sampling),
         actor,
-        shared.reference if shared else roles.reference(job, tokenizer, actor),
+        reference,
         scorer,
         scorers.scorer(job, tokenizer, tests, key="test_rewards", shared=None) if tests else None,
         critic,
         mixed,
         state,
         roles.is_same_start(job),
+        None if against is None else Opponent(actor, reference, against.mixture),
     )
     objectives: list[Objective] = [PolicyObjective.from_recipe(actor, recipe, state)]
     if recipe.pretraining is not None:

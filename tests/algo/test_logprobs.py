@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf.algo.logprobs import entropy, scale_logits, sequence_logprobs, token_logprobs, truncate_logits
+from rlhf.algo.logprobs import entropy, mixed_logits, scale_logits, sequence_logprobs, token_logprobs, truncate_logits
 
 OFF = {"temperature": 1.0, "top_k": 0, "top_p": 1.0}
 OPTIONS = [
@@ -222,3 +222,15 @@ def test_sequence_logprobs_sum_the_mask() -> None:
     logprobs = torch.tensor([[-1.0, -2.0, -torch.inf], [-4.0, -torch.inf, -torch.inf]])
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]], dtype=torch.bool)
     assert sequence_logprobs(logprobs, mask).tolist() == [-3, -4]
+
+
+def test_a_mixture_is_the_normalised_product():
+    own, other = (torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    product = own.softmax(-1) ** 0.7 * other.softmax(-1) ** 0.3
+    found = mixed_logits(own, other, mixture=0.3).softmax(-1)
+    torch.testing.assert_close(found, product / product.sum(-1, keepdim=True), atol=1e-12, rtol=0)
+    assert mixed_logits(own, other, mixture=0.0).equal(own) and mixed_logits(own, other, mixture=1.0).equal(other)
+    impossible = other.index_fill(-1, torch.tensor([2]), -torch.inf)
+    assert mixed_logits(own, impossible, mixture=0.0).equal(own), "what has no share has no say"
+    assert (mixed_logits(own, impossible, mixture=0.1).softmax(-1)[:, 2] == 0).all()
+    assert mixed_logits(own.bfloat16(), other.bfloat16(), mixture=0.5).dtype == torch.float32
