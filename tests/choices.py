@@ -249,6 +249,29 @@ CASES = {
             "sampling.max_new_tokens": 24,
         },
     ),
+    "opponent": Case(
+        "grpo",
+        {
+            "opponent": {"mixture": 0.5},
+            "advantage": {"name": "reinforce"},
+            "policy_loss": {"name": "reinforce"},
+            "aggregation": "sequence_sum",
+            "kl": {"placement": "reward", "estimator": "k1"},
+            **{f"train.{name}": value for name, value in {**ONE_UPDATE, "answers": 1, "prompts": 16}.items()},
+        },
+        lambda rows: all(abs(row["reward/score_mean"]) < 0.5 and "rollout/opponent_score" in row for row in rows),
+    ),
+    "opponent on a shared base": Case(
+        "grpo",
+        {
+            "share_base": True,
+            "opponent": {"mixture": 0.25},
+            "rewards": [{"kind": "model", "from": "choice-rm"}],
+            "kl": {"placement": "reward", "estimator": "k1"},
+        },
+        every("rollout/opponent_score"),
+        kinds=("lora",),
+    ),
     "reinforce++": Case(
         "grpo",
         {

@@ -101,10 +101,10 @@ class Stale(PolicyModule):
 class StaleCollector(OnlineCollector):
     """Samples from the weights of one update ago."""
 
-    def sample(self, step: int, refill: int, greedy: bool):
+    def sample(self, step: int, refill: int, whose: str):
         self.actor.module.is_sampling = True
         try:
-            return super().sample(step, refill, greedy)
+            return super().sample(step, refill, whose)
         finally:
             self.actor.module.is_sampling = False
 

@@ -40,6 +40,17 @@ def truncate_logits(logits: Tensor, *, top_k: int, top_p: float, keep: Tensor | 
     return logits.masked_fill(dropped, -torch.inf)
 
 
+def mixed_logits(logits: Tensor, others: Tensor, *, mixture: float) -> Tensor:
+    """Logits of policy^(1 - mixture) * other^mixture, normalised, token by token: (..., V) twice -> (..., V).
+
+    [Nash-MD, arXiv:2312.00886 sec. 7] Logits are log-probabilities up to a constant, so their weighted sum is all that
+    there is to it. With 0 or 1 it is one of the two as it came in, at least float32; a token that is impossible under
+    either is impossible under a true mixture.
+    """
+    weighted = [(1 - mixture, logits), (mixture, others)]
+    return torch.stack([weight * at_least_float32(each) for weight, each in weighted if weight]).sum(0)
+
+
 def token_logprobs(logits: Tensor, targets: Tensor, *, temperature: float, top_k: int, top_p: float) -> Tensor:
     """log softmax(truncate(logits / temperature))[target]: (..., V), (...,) -> (...,) in nats, at least float32.
 

@@ -17,6 +17,15 @@ def normalise_running(scores: Tensor, moments: Moments) -> Tensor:
     return torch.where(scored, whiten(scores, scored, moments, unbiased=True), torch.nan)
 
 
+def preference_scores(scores: Tensor, opponents: Tensor) -> Tensor:
+    """P(answer preferred to its opponent) - 1/2, P = sigmoid(score - the opponent's score): (B,) twice -> (B,).
+
+    The score of Nash-MD, with the rewards as a Bradley-Terry preference model.              [arXiv:2312.00886 sec. 7]
+    NaN, unscored, where either answer is.
+    """
+    return torch.sigmoid(at_least_float32(scores) - at_least_float32(opponents)) - 0.5
+
+
 def process_scores(
     scores: Tensor,
     finished: Tensor,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from rlhf.recipe.policy_options import AdaptiveKl, PpoPenaltyLoss, ScoresBlock
 from rlhf.recipe.problems import Problem
 from rlhf.recipe.reward_options import ProcessReward
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe
+from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe
 
 Problems = Iterator[Problem]
 
@@ -164,6 +164,20 @@ def score_options(recipe: OnlineRecipe) -> Problems:
         yield Problem("scores.missing_eos_score", what, "remove one of them", ("scores.missing_eos_penalty",))
 
 
+def opponents(recipe: OnlineRecipe) -> Problems:
+    """Every answer that is scored has an opponent, and the KL of Nash-MD is part of what is compared."""
+    if not isinstance(recipe, GRPORecipe) or recipe.opponent is None:
+        return
+    name, also = recipe.advantage.name, ("opponent",)
+    if recipe.advantage.needs_greedy or recipe.advantage.needs_steps:
+        scored = "steps" if recipe.advantage.needs_steps else "a greedy answer"
+        what = f"expected an estimator of whole answers' scores with opponent, found {name}, which scores {scored} too"
+        yield Problem("advantage.name", what, "reinforce is Nash-MD's own", also)
+    if recipe.kl.placement == "loss":
+        what = "expected reward with opponent, found loss"
+        yield Problem("kl.placement", what, "Nash-MD takes the KL of the whole answer off its score", also)
+
+
 def critic_warmup(recipe: OnlineRecipe) -> Problems:
     """The policy moves some day."""
     if isinstance(recipe, PPORecipe) and recipe.critic.warmup_rollouts >= recipe.train.rollouts:
@@ -195,6 +209,7 @@ POLICY_RULES: tuple[Callable[[OnlineRecipe], Problems], ...] = (
     sequence_losses,
     refills,
     score_options,
+    opponents,
     critic_warmup,
     pretraining_rows,
 )

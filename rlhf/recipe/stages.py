@@ -285,11 +285,22 @@ class PPORecipe(OnlineRecipe):
     value_loss: PpoValueLoss = Field(PpoValueLoss(), description="the critic's loss and its options")
 
 
+class OpponentBlock(Block):
+    """Nash-MD: an answer's score is how sure it is preferred to one of a mixture policy (arXiv:2312.00886 sec. 7)."""
+
+    mixture: float = Field(
+        0.25, ge=0, le=1, description="share of the reference in the mixture policy^(1 - mixture) reference^mixture"
+    )
+
+
 class GRPORecipe(OnlineRecipe):
     """GRPO and its family, without a critic: answers are compared with each other or with a baseline."""
 
     train: GRPOTrainBlock = Field(GRPOTrainBlock(), description="rollouts and optimisation of the policy")
     kl: GRPOKlBlock = Field(GRPOKlBlock(), description="distance to the reference policy")
+    opponent: OpponentBlock | None = Field(
+        None, description="score each answer by sigmoid(its reward - that of a mixture's answer) - 1/2 (Nash-MD)"
+    )
     aggregation: Aggregation = Field(
         "sequence_mean",
         description="average over all tokens of the minibatch, over each answer's tokens and then over answers, over"

@@ -11,11 +11,13 @@ import logging
 import math
 import time
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from rlhf.algo.controllers import KL_CONTROLLERS, ppo_penalty_beta
+from rlhf.algo.rewards import preference_scores
 from rlhf.batch import Experience, Rollout, Tokens
 from rlhf.data import order
 from rlhf.data.examples import PromptExample
@@ -39,6 +41,7 @@ from rlhf.train.guards import (
 )
 from rlhf.train.loop import Collected
 from rlhf.train.objectives import bind, padding_columns
+from rlhf.train.opponent import Opponent
 from rlhf.train.overoptimisation import Scale
 from rlhf.train.roles import Reference
 from rlhf.train.rollout import Sampler, generate, join_rollouts
@@ -47,6 +50,7 @@ from rlhf.train.state import OnlineState
 from rlhf.train.supervised import Dataset
 
 logger = logging.getLogger("rlhf.train")
+Whose = Literal["policy", "greedy", "opponent"]  # answers: the policy's, its likeliest, or those of its opponent
 
 
 @dataclass(frozen=True)
@@ -64,12 +68,13 @@ class OnlineCollector:
     pretraining: Dataset | None
     state: OnlineState
     starts_at_reference: bool
+    opponent: Opponent | None = None
 
     def collect(self, step: int) -> Collected:
         """Sample, score, and cut into minibatches; this rank's share of each."""
         started = time.monotonic()
         answers, refills = self.answers(step)
-        greedy = self.draw(step, 0, greedy=True) if self.recipe.advantage.needs_greedy else None
+        greedy = self.draw(step, 0, "greedy") if self.recipe.advantage.needs_greedy else None
         sampled = time.monotonic() - started
         check_scored(int((~answers.scores.isnan()).sum()), len(answers), step)
         with torch.no_grad():
@@ -160,12 +165,16 @@ class OnlineCollector:
         metrics = {"rollout/flat_drawn": share, "rollout/refills": float(rounds), "rollout/groups_kept": kept}
         return drawn.select(rows), metrics
 
-    def draw(self, step: int, refill: int, *, greedy: bool = False) -> Answers:
+    def draw(self, step: int, refill: int, whose: Whose = "policy") -> Answers:
         """One round of prompts with their scored answers, on every rank."""
-        rollout = dist.agreed(lambda: self.sample(step, refill, greedy))
+        rollout = dist.agreed(lambda: self.sample(step, refill, whose))
         found = self.scorer(rollout)
-        parts = list(found.parts.values())
-        if self.test_scorer is not None and not greedy:
+        scores, steps, parts = found.total, found.steps, list(found.parts.values())
+        if self.opponent is not None:
+            against = self.scorer(dist.agreed(lambda: self.sample(step, refill, "opponent"))).total
+            scores, steps = preference_scores(scores, against), None
+            parts.append(against)
+        if self.test_scorer is not None and whose == "policy":
             tested = self.test_scorer(rollout)
             parts += [tested.total, *tested.parts.values()]
         mine = Answers(
@@ -174,20 +183,22 @@ class OnlineCollector:
             rollout.response_mask,
             rollout.sample_logprobs,
             rollout.finished,
-            found.total,
+            scores,
             torch.stack(parts, 1),
-            found.steps,
+            steps,
         )
         return gathered(mine, self.sampler.pad_id)
 
     def part_names(self) -> list[str]:
         """Metric names of the columns of `Answers.parts`."""
         names = [f"reward/{name}" for name in self.scorer.names()]
+        if self.opponent is not None:
+            names.append("rollout/opponent_score")
         if self.test_scorer is not None:
             names += ["test/score_mean", *(f"test/{name}" for name in self.test_scorer.names())]
         return names
 
-    def sample(self, step: int, refill: int, greedy: bool) -> Rollout:
+    def sample(self, step: int, refill: int, whose: Whose) -> Rollout:
         """This rank's answers. Seeds depend on the prompt's place in the global batch, not on the rank."""
         train, sampling = self.recipe.train, self.recipe.sampling
         if refill:
@@ -195,18 +206,21 @@ class OnlineCollector:
             rows = order.rows(len(self.prompts), train.prompts, number, derive(train.seed, "refill"))
         else:
             rows = order.rows(len(self.prompts), train.prompts, step, train.seed)
-        if greedy:
+        if whose == "greedy":
             sampling = greedy_sampling(sampling)
-        count = 1 if greedy else train.answers
+        count = 1 if whose == "greedy" else train.answers
         places = order.share(list(range(train.prompts)), dist.rank(), dist.world_size())
         chunk = max(1, train.rollout_batch // count)
         parts = []
-        with self.actor.gathered() as policy:
+        purpose = "opponent" if whose == "opponent" else "sample"
+        source = self.opponent if whose == "opponent" else self.actor
+        assert source is not None
+        with source.gathered() as policy:
             for i in range(0, len(places), chunk):
                 part = places[i : i + chunk]
                 prompts = [self.prompts[rows[place]] for place in part]
                 seeds = [
-                    derive(train.seed, "sample", step, place + refill * train.prompts, g)
+                    derive(train.seed, purpose, step, place + refill * train.prompts, g)
                     for place in part
                     for g in range(count)
                 ]

@@ -21,7 +21,7 @@ from rlhf.recipe.reward_options import (
 )
 from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import GRPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.http import check_reachable
 from rlhf.rewards.rules import RULES
 from rlhf.rewards.user_code import load_function
@@ -49,6 +49,26 @@ def check_models(job: Job, tokenizer: PreTrainedTokenizerFast) -> None:
         if key != "model":
             fix = same_tokens_fix(key, job.recipe.model)
             check_tokens(tokenizer, ref, config, key, source, reads_text=is_scorer, fix=fix)
+    check_opponent(job)
+
+
+def check_opponent(job: Job) -> None:
+    """The distributions that an opponent mixes are over the same tokens, padding of the vocabulary included."""
+    recipe = job.recipe
+    if not isinstance(recipe, GRPORecipe) or recipe.opponent is None or recipe.model.init is not None:
+        return
+    if not (recipe.reference.from_ or recipe.reference.path):
+        return
+    refs: dict[str, ModelRef] = {"model": recipe.model, "reference": recipe.reference}
+    sizes = {
+        key: read_config(job.source(key, ref), ref.revision).get_text_config().vocab_size for key, ref in refs.items()
+    }
+    if sizes["model"] != sizes["reference"]:
+        raise CheckpointError(
+            f"expected the policy's {sizes['model']} tokens, found a model of {sizes['reference']}",
+            where="reference",
+            fix="The opponent mixes both token by token: start both from the same SFT stage.",
+        )
 
 
 def check_reward_model(job: Job, tokenizer: PreTrainedTokenizerFast, ref: ModelReward, key: str, source: str) -> bool:

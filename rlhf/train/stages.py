@@ -10,7 +10,7 @@ from rlhf.data import chat
 from rlhf.data.examples import Loaded
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
-from rlhf.recipe.stages import OnlineRecipe, PPORecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, RewardRecipe, SFTRecipe
 from rlhf.train import judged, roles, scorers
 from rlhf.train.job import Job
 from rlhf.train.loop import Stage
@@ -23,6 +23,7 @@ from rlhf.train.objectives import (
     ValueObjective,
 )
 from rlhf.train.online import OnlineCollector
+from rlhf.train.opponent import Opponent
 from rlhf.train.parts import Parts, generation_config, list_dataset, pair_dataset, sampler, steps, token_dataset
 from rlhf.train.progress import Progress
 from rlhf.train.ranking import ListRewardObjective
@@ -126,19 +127,22 @@ def _online(
     scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=shared)
     tests = recipe.test_rewards
     state = OnlineState.at_start(recipe)
+    reference = shared.reference if shared else roles.reference(job, tokenizer, actor)
+    against = recipe.opponent if isinstance(recipe, GRPORecipe) else None
     mixed = None if data.pretraining is None else token_dataset(data.pretraining.train, tokenizer.pad_token_id)
     collector = OnlineCollector(
         recipe,
         data.train,
         sampler(actor, tokenizer, recipe.sampling),
         actor,
-        shared.reference if shared else roles.reference(job, tokenizer, actor),
+        reference,
         scorer,
         scorers.scorer(job, tokenizer, tests, key="test_rewards", shared=None) if tests else None,
         critic,
         mixed,
         state,
         roles.is_same_start(job),
+        None if against is None else Opponent(actor, reference, against.mixture),
     )
     objectives: list[Objective] = [PolicyObjective.from_recipe(actor, recipe, state)]
     if recipe.pretraining is not None:

@@ -11,6 +11,7 @@ from torch import Tensor
 from rlhf.algo.logprobs import (
     entropy,
     log1mexp,
+    mixed_logits,
     scale_logits,
     sequence_logprobs,
     token_contrast,
@@ -292,3 +293,15 @@ def test_a_contrast_takes_at_most_all_other_tokens(k: int) -> None:
     if k >= 4:
         torch.testing.assert_close(found, token_contrast(logits, targets, k=4), atol=1e-6, rtol=0)
     assert token_contrast(logits.bfloat16(), targets, k=k).dtype == torch.float32
+
+
+def test_a_mixture_is_the_normalised_product():
+    own, other = (torch.randn(4, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(2))
+    product = own.softmax(-1) ** 0.7 * other.softmax(-1) ** 0.3
+    found = mixed_logits(own, other, mixture=0.3).softmax(-1)
+    torch.testing.assert_close(found, product / product.sum(-1, keepdim=True), atol=1e-12, rtol=0)
+    assert mixed_logits(own, other, mixture=0.0).equal(own) and mixed_logits(own, other, mixture=1.0).equal(other)
+    impossible = other.index_fill(-1, torch.tensor([2]), -torch.inf)
+    assert mixed_logits(own, impossible, mixture=0.0).equal(own), "what has no share has no say"
+    assert (mixed_logits(own, impossible, mixture=0.1).softmax(-1)[:, 2] == 0).all()
+    assert mixed_logits(own.bfloat16(), other.bfloat16(), mixture=0.5).dtype == torch.float32

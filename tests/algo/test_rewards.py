@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.masked import moments
-from rlhf.algo.rewards import normalise_running, overlong_punishment, process_scores, shape_rewards
+from rlhf.algo.rewards import normalise_running, overlong_punishment, preference_scores, process_scores, shape_rewards
 
 OFF: dict[str, Any] = {
     "clip": None,
@@ -114,3 +115,10 @@ def test_the_undiscounted_sum_is_score_less_weighted_sequence_kl() -> None:
     scores, kl = torch.randn(5, dtype=torch.float64), torch.randn(5, 7, dtype=torch.float64)
     found = shape_rewards(scores, kl, mask, kl_coef=0.3).sum(-1)
     torch.testing.assert_close(found, scores - 0.3 * (kl * mask).sum(-1), atol=1e-12, rtol=0)
+
+
+def test_preferences_are_even_between_equals_and_change_sign():
+    scores, others = torch.tensor([0.0, 2.0, math.log(3.0)]), torch.tensor([0.0, torch.nan, 0.0])
+    found = preference_scores(scores, others)
+    assert found[0] == 0 and found[1].isnan() and float(found[2]) == pytest.approx(0.25, abs=1e-6)
+    torch.testing.assert_close(found, -preference_scores(others, scores), equal_nan=True, atol=1e-7, rtol=0)

@@ -206,7 +206,7 @@ def test_without_refills_a_rollout_is_what_was_drawn(forked):
 def test_greedy_answers_are_one_per_prompt_and_without_chance(forked):
     def body():
         one = collector()
-        greedy = one.draw(0, 0, greedy=True)
+        greedy = one.draw(0, 0, "greedy")
         assert len(greedy) == 4
         for row in range(4):
             ids = greedy.ids[row][greedy.attention[row]]
