@@ -74,10 +74,17 @@ class Pairs(Rows):
     margin: Tensor  # (B,) float32, 0 where the data has none
     ref_chosen: Tensor | None = None  # (B,) summed reference log-probs, where precomputed
     ref_rejected: Tensor | None = None
+    weight: Tensor | None = None  # (B,) float32, of every pair in the loss; None: 1
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """The pairs' losses (B,) times their weights."""
+        return losses if self.weight is None else losses * self.weight.to(losses)
 
     def __post_init__(self) -> None:
         _expect("rejected", self.rejected.ids[:, 0], (len(self.chosen),))
         _expect("margin", self.margin, (len(self.chosen),))
+        if self.weight is not None:
+            _expect("weight", self.weight, (len(self.chosen),))
 
 
 @dataclass(frozen=True)

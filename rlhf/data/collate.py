@@ -28,7 +28,8 @@ def pairs(examples: Sequence[PairExample], pad_id: int) -> Pairs:
         prompt = [np.zeros(len(e.prompt_ids), np.bool_) for e in examples]
         sides[name] = _right(ids, [np.concatenate(both) for both in zip(prompt, masks, strict=True)], pad_id)
     margin = torch.tensor([e.margin for e in examples], dtype=torch.float32)
-    return Pairs(sides["chosen"], sides["rejected"], margin)
+    weight = torch.tensor([e.weight for e in examples], dtype=torch.float32)
+    return Pairs(sides["chosen"], sides["rejected"], margin, weight=weight)
 
 
 def prompts(examples: Sequence[PromptExample], pad_id: int) -> Prompts:

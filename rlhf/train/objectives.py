@@ -95,7 +95,7 @@ class RewardObjective:
     def loss(self, micro: Pairs) -> Loss:
         both = trim(join(micro)).to(self.engine.device)
         chosen, rejected = self.engine(both.ids, both.attention).chunk(2)  # (b,) each
-        total = self.pair_loss(chosen, rejected, micro.margin.to(chosen.device)).sum()
+        total = micro.weighted(self.pair_loss(chosen, rejected, micro.margin.to(chosen.device))).sum()
         metrics = {
             "loss": total,
             "accuracy": (chosen > rejected).sum(),
@@ -131,7 +131,7 @@ class PreferenceObjective:
         pairs = PairLogprobs(
             chosen, rejected, micro.ref_chosen.to(chosen), micro.ref_rejected.to(chosen), lengths[0], lengths[1]
         )
-        total = self.pair_loss(pairs).sum()
+        total = micro.weighted(self.pair_loss(pairs)).sum()
         reward_chosen, reward_rejected = implicit_rewards(pairs, beta=self.beta)
         metrics = {
             "loss": total,
