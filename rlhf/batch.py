@@ -85,12 +85,17 @@ class Pairs(Rows):
     win_rates: Tensor | None = None  # (B, 2) float32 in [0, 1], the same
     row: Tensor | None = None  # (B,) int64, numbers of the dataset's records
     extras: dict[str, Tensor] | None = None  # (B,) each: what the whole batch says of every row
+    weight: Tensor | None = None  # (B,) float32, of every pair in the loss; None: 1
+
+    def weighted(self, losses: Tensor) -> Tensor:
+        """The pairs' losses (B,) times their weights."""
+        return losses if self.weight is None else losses * self.weight.to(losses)
 
     def __post_init__(self) -> None:
         _expect("rejected", self.rejected.ids[:, 0], (len(self.chosen),))
         _expect("margin", self.margin, (len(self.chosen),))
         _expect_present({"ref": self.ref, "scores": self.scores, "win_rates": self.win_rates}, (len(self.chosen), 2))
-        _expect_present({"row": self.row, **(self.extras or {})}, (len(self.chosen),))
+        _expect_present({"row": self.row, "weight": self.weight, **(self.extras or {})}, (len(self.chosen),))
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ def pairs(examples: Sequence[PairExample], pad_id: int) -> Pairs:
         scores=_floats_if_all([e.scores for e in examples]),
         win_rates=_floats_if_all([e.win_rates for e in examples]),
         row=_numbers(examples),
+        weight=_floats([e.weight for e in examples]),
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from rlhf.data.chat import ChatTemplate
 from rlhf.data.drafts import Draft, draft, unusable
 from rlhf.data.encode import Ids, Mask
+from rlhf.data.filters import RowFilter
 from rlhf.data.formats import Kind, Record, reward_fields
 from rlhf.data.limits import Limits, limits_of
 from rlhf.data.order import generator
@@ -24,6 +25,8 @@ from rlhf.recipe.schema import DataBlock, SourceBlock
 
 _CHUNK = 1000  # records that are tokenised together
 LEFT_OUT = "left out by the source's weight"
+Fate = tuple[str, tuple[str, ...]]  # why a record was dropped, empty where it was not; what was changed
+See = Callable[[Record, int, Fate], None]  # is told of every record, its number and its fate
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +55,7 @@ class PairExample:
     row: int
     scores: tuple[float, float] | None = None  # of chosen and rejected
     win_rates: tuple[float, float] | None = None  # how often each wins against other answers, in [0, 1]
+    weight: float = 1.0  # in the loss
 
     def lengths(self) -> tuple[int, int]:
         """Tokens of both sides, and trained tokens."""
@@ -119,22 +123,31 @@ class Loaded:
 
 
 def load_examples(
-    data: DataBlock, tokenizer: PreTrainedTokenizerBase, kind: Kind, seed: int, max_new_tokens: int = 0
+    data: DataBlock,
+    tokenizer: PreTrainedTokenizerBase,
+    kind: Kind,
+    seed: int,
+    max_new_tokens: int = 0,
+    see: Sequence[See] = (),
 ) -> Loaded:
-    """Read, convert, tokenise and fit all rows of a stage.
+    """Read, convert, tokenise, fit and filter all rows of a stage.
 
     The mix of several sources: from a source of weight w the share w / (largest weight) of its rows is taken, chosen by
-    seed, none twice. Equal weights take everything. `eval_rows` are chosen by seed from all sources before that.
+    seed, none twice. Equal weights take everything. `eval_rows` are chosen by seed from all sources before that, and
+    before rows are filtered, so that they are the same rows whatever the filter.
     max_new_tokens: for prompts, what the answer still needs of max_length.
     """
-    loader = _Loader(ChatTemplate(tokenizer), kind, data, limits_of(data, kind, max_new_tokens, tokenizer.bos_token_id))
+    limits = limits_of(data, kind, max_new_tokens, tokenizer.bos_token_id)
+    filtered = RowFilter(data, kind)
+    loader = _Loader(ChatTemplate(tokenizer), kind, data, limits, (filtered.see, *see))
     parts = [loader.load(source, key) for key, source in named_sources(data)]
     held_out: list[Example] = []
     if data.eval is not None:
         held_out = loader.load(data.eval, f"{data.key}.eval")
     elif data.eval_rows:
         parts, held_out = _hold_out(parts, data.eval_rows, seed, data.key)
-    train = _mix(parts, named_sources(data), loader.reports, seed)
+    parts = filtered.keep(parts, held_out, loader.reports)
+    train = filtered.weigh(_mix(parts, named_sources(data), loader.reports, seed))
     counts = [TokenCounts.of(example.lengths() for example in examples) for examples in (train, held_out)]
     return Loaded(train, held_out, DataReport(loader.reports, counts[0], counts[1]))
 
@@ -154,8 +167,8 @@ def raw_texts(data: DataBlock, kind: Kind) -> Iterator[str]:
 class _Loader:
     """Loads source after source, numbering the records through."""
 
-    def __init__(self, chat: ChatTemplate, kind: Kind, data: DataBlock, limits: Limits) -> None:
-        self._chat, self._kind, self._data, self._limits = chat, kind, data, limits
+    def __init__(self, chat: ChatTemplate, kind: Kind, data: DataBlock, limits: Limits, see: Sequence[See]) -> None:
+        self._chat, self._kind, self._data, self._limits, self._see = chat, kind, data, limits, see
         self._row = itertools.count()
         self.reports: list[SourceReport] = []
 
@@ -184,16 +197,22 @@ class _Loader:
         for record, row in numbered:
             if problem := unusable(record, self._kind, self._data.on_empty):
                 report.dropped[problem] += 1
+                self._tell(record, row, (problem, ()))
             else:
                 usable.append((record, row))
         drafts = draft([record for record, _ in usable], self._chat, self._kind, self._data.train_on)
         for one, (record, row) in zip(drafts, usable, strict=True):
             fitted, problem = one.fit(self._limits)
             report.changed.update(fitted.changes)
+            self._tell(record, row, (problem, fitted.changes))
             if problem:
                 report.dropped[problem] += 1
             else:
                 yield to_example(fitted, record, row)
+
+    def _tell(self, record: Record, row: int, fate: Fate) -> None:
+        for see in self._see:
+            see(record, row, fate)
 
 
 def to_example(fitted: Draft, record: Record, row: int) -> Example:

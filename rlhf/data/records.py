@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 
+from rlhf.data.filters import needs_margin, score_margin
 from rlhf.data.formats import Kind, Record, convert, detect, require
 from rlhf.data.mapping import Mapping
 from rlhf.data.report import SourceReport
@@ -41,5 +41,9 @@ def check_records(data: DataBlock, kind: Kind) -> None:
     Raises the DataError that training would end with. What only a tokenizer can tell (lengths) is left to training.
     """
     for key, source in all_sources(data):
-        if locate(source, key).kind != "hub":
-            deque(read_records(source, key, kind, SourceReport(key, str(source.path), "", "")), maxlen=0)
+        if locate(source, key).kind == "hub":
+            continue
+        is_measured = needs_margin(data) and key != f"{data.key}.eval"
+        for record in read_records(source, key, kind, SourceReport(key, str(source.path), "", "")):
+            if is_measured and not record.problem:
+                score_margin(record)

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.recipe.data_rules import (
     eval_data,
+    filters,
     inline_options,
     parts,
     prompt_length,
@@ -296,6 +297,7 @@ COMMON: tuple[Rule, ...] = (
     parts,
     templates,
     prompt_length,
+    filters,
 )
 ONLINE: tuple[Rule, ...] = (
     *COMMON,

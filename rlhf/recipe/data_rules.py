@@ -6,7 +6,7 @@ import string
 from collections.abc import Iterator
 
 from rlhf.recipe.problems import Problem
-from rlhf.recipe.schema import SourceBlock
+from rlhf.recipe.schema import FilterBlock, SourceBlock
 from rlhf.recipe.stages import (
     AnyRecipe,
     PreferenceRecipe,
@@ -94,6 +94,29 @@ def room_for_prompts(recipe: ScoringRecipe) -> Problems:
         what = f"expected less than data.max_length = {recipe.data.max_length}, found {recipe.sampling.max_new_tokens}"
         fix = "prompts may have max_length - max_new_tokens tokens: lower this, or raise data.max_length"
         yield Problem("sampling.max_new_tokens", what, fix, ("data.max_length",))
+
+
+def filters(recipe: Recipe) -> Problems:
+    """What is about pairs stands where pairs are read, and a filter can keep something."""
+    for data in data_blocks(recipe):
+        key, chosen = f"{data.key}.filter", data.filter
+        given = [name for name in chosen.of_pairs if getattr(chosen, name) != FilterBlock.model_fields[name].default]
+        of_pairs = [f"{key}.{name}" for name in given] + ([f"{data.key}.reweight"] if data.reweight else [])
+        for each in of_pairs if data is not recipe.data or not reads_pairs(recipe) else ():
+            yield Problem(each, "expected nothing where no pairs are learned from, found it set", "remove the key")
+        if chosen.min_margin is not None and chosen.max_margin is not None and chosen.min_margin > chosen.max_margin:
+            what = f"expected at least min_margin = {chosen.min_margin:g}, found {chosen.max_margin:g}"
+            yield Problem(f"{key}.max_margin", what, "no row has such a margin", (f"{key}.min_margin",))
+        if chosen.drop_eval_overlap != "none" and data.eval is None and not data.eval_rows:
+            what = f"expected none without held-out rows, found {chosen.drop_eval_overlap}"
+            fix = f"name a held-out file in {data.key}.eval, or set {data.key}.eval_rows"
+            also = (f"{data.key}.eval", f"{data.key}.eval_rows")
+            yield Problem(f"{key}.drop_eval_overlap", what, fix, also)
+
+
+def reads_pairs(recipe: Recipe) -> bool:
+    """Whether a stage learns from pairs of answers."""
+    return isinstance(recipe, (RewardRecipe, PreferenceRecipe))
 
 
 def eval_data(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe) -> Problems:

@@ -191,6 +191,46 @@ class SourceBlock(Block):
     limit: int | None = Field(None, ge=1, description="read at most this many rows")
 
 
+class FilterBlock(Block):
+    """Which training rows are left out, each counted by its reason. Held-out rows are never left out."""
+
+    of_pairs: ClassVar[tuple[str, ...]] = (  # what can only be asked of pairs
+        "min_margin",
+        "max_margin",
+        "max_length_ratio",
+        "max_length_difference",
+        "drop_equal",
+        "drop_conflicts",
+    )
+
+    min_margin: float | None = Field(
+        None, description="pairs: least score margin (score_chosen - score_rejected, score_margin or margin of the row)"
+    )
+    max_margin: float | None = Field(None, description="pairs: largest score margin")
+    max_length_ratio: float | None = Field(
+        None, ge=1, description="pairs: most that the longer answer may have of the shorter one's tokens, e.g. 2"
+    )
+    max_length_difference: int | None = Field(
+        None, ge=0, description="pairs: most tokens that one answer may have more than the other"
+    )
+    drop_equal: bool = Field(False, description="pairs: leave out those whose answers differ in white space only")
+    drop_conflicts: bool = Field(
+        False, description="pairs: leave out all rows of two answers to a prompt that are ranked both ways"
+    )
+    drop_duplicates: bool = Field(
+        False, description="keep the first of rows that are equal up to white space; of prompts to answer, each once"
+    )
+    drop_eval_overlap: Literal["none", "rows", "prompts"] = Field(
+        "none", description="leave out rows that are held out too, or all rows to a prompt that is held out"
+    )
+
+
+class ReweightBlock(Block):
+    """Pairs weigh sigmoid(score margin / temperature) in the loss, scaled to mean 1 over the training rows."""
+
+    temperature: float = Field(1.0, gt=0, description="score margin at which a pair has 73 % of the largest weight")
+
+
 class DataBlock(SourceBlock):
     """What a stage learns from. One source inline (`path: ...`, `from: ...`) or several under `sources`."""
 
@@ -213,6 +253,8 @@ class DataBlock(SourceBlock):
     train_on: Literal["all_answers", "last_answer"] = Field(
         "all_answers", description="multi-turn rows: supervise every assistant turn, or the last one"
     )
+    filter: FilterBlock = Field(FilterBlock(), description="which training rows are left out")
+    reweight: ReweightBlock | None = Field(None, description="pairs: how much each counts in the loss; default: alike")
 
     @model_validator(mode="after")
     def _one_source(self) -> DataBlock:

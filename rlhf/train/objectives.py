@@ -97,7 +97,7 @@ class RewardObjective:
     def loss(self, micro: Pairs) -> Loss:
         both = trim(join(micro)).to(self.engine.device)
         chosen, rejected = self.engine(both.ids, both.attention).chunk(2)  # (b,) each
-        total = self.pair_loss(chosen, rejected, micro.margin.to(chosen.device)).sum()
+        total = micro.weighted(self.pair_loss(chosen, rejected, micro.margin.to(chosen.device))).sum()
         metrics = {
             "loss": total,
             "accuracy": (chosen > rejected).sum(),

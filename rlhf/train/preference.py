@@ -211,7 +211,8 @@ class PreferenceObjective:
                 continue  # held-out rows: there is no batch that it could look at
             values = term.function(*(given[name] for name in term.entry.inputs))
             for denominator, losses in (values if isinstance(values, dict) else {"rows": values}).items():
-                terms[part_name(term, denominator)] = (losses.sum(), denominator, term.block.weight)
+                weighted = micro.weighted(losses) if isinstance(micro, Pairs) else losses
+                terms[part_name(term, denominator)] = (weighted.sum(), denominator, term.block.weight)
         found = describe(given[KINDS[type(micro)]], self.terms[0].entry.traits, self.terms[0].reward_scale)
         return Loss(terms, found | {name: (total, unit) for name, (total, unit, _) in terms.items()})
 

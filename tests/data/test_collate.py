@@ -29,7 +29,7 @@ def test_tokens() -> None:
 def test_pairs() -> None:
     rows = [
         PairExample(ints(1, 2), ints(3, 4), bools(1, 1), ints(5), bools(1), 0.5, 7),
-        PairExample(ints(), ints(6), bools(1), ints(7, 8, PAD), bools(1, 0, 1), 0.0, 3),
+        PairExample(ints(), ints(6), bools(1), ints(7, 8, PAD), bools(1, 0, 1), 0.0, 3, weight=0.25),
     ]
     batch = collate.pairs(rows, PAD)
     assert batch.chosen.ids.tolist() == [[1, 2, 3, 4], [6, PAD, PAD, PAD]]
@@ -38,6 +38,7 @@ def test_pairs() -> None:
     assert batch.rejected.attention.int().tolist() == [[1, 1, 1], [1, 1, 1]]
     assert batch.rejected.mask.int().tolist() == [[0, 0, 1], [1, 0, 1]]
     assert batch.margin.tolist() == [0.5, 0.0]
+    assert batch.weight is not None and batch.weight.tolist() == [1.0, 0.25]
     assert batch.row is not None and batch.row.tolist() == [7, 3]
     assert batch.scores is batch.win_rates is None
 

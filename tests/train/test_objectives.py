@@ -208,6 +208,21 @@ def test_dpo_by_hand():
     assert found["reference_gap"] == (round(1 / 2, 5), "rows")  # per token of the chosen answer
 
 
+def test_weights_multiply_the_losses_of_pairs_and_nothing_else():
+    weight = torch.tensor([0.5, 3.0])
+    scores = Given(lambda ids, attention: torch.tensor([2.0, 0.5, 1.0, 0.5]))
+    objective = RewardObjective.from_block(scores, OptimBlock(), RmBtLoss())
+    plain, weighted = objective.loss(pairs()), objective.loss(pairs(weight=weight))
+    expected = 0.5 * math.log1p(math.exp(-1)) + 3 * math.log1p(math.exp(0.5))
+    assert terms(weighted) == {"pairs": (round(expected, 5), "pairs", 1.0)}
+    assert metrics(weighted)["accuracy"] == metrics(plain)["accuracy"] == (1.0, "pairs")
+    assert int(objective.counts(pairs(weight=weight))["pairs"]) == 2
+    moved = {"ref_chosen": torch.tensor([-1.05, -0.12]), "ref_rejected": torch.tensor([-0.02, -1.25])}
+    dpo = PreferenceObjective.from_block(Given(minus_ids), OptimBlock(), DpoLoss(beta=0.5))
+    expected = 0.5 * math.log1p(math.exp(-0.5)) + 3 * math.log1p(math.exp(0.5))
+    assert terms(dpo.loss(pairs(**moved, weight=weight)))["pairs"][0] == round(expected, 5)
+
+
 def test_dpo_without_reference_is_our_mistake():
     with pytest.raises(AssertionError, match="reference log-probs are missing"):
         PreferenceObjective.of(Policy(Given(minus_ids)), OptimBlock(), DpoLoss()).loss(pairs())
