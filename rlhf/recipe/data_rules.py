@@ -116,7 +116,7 @@ def filters(recipe: Recipe) -> Problems:
 
 def reads_pairs(recipe: Recipe) -> bool:
     """Whether a stage learns from pairs of answers."""
-    return isinstance(recipe, (RewardRecipe, PreferenceRecipe))
+    return isinstance(recipe, (RewardRecipe, PreferenceRecipe)) and recipe.loss.rows == "pairs"
 
 
 def eval_data(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe) -> Problems:

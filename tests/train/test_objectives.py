@@ -217,10 +217,10 @@ def test_weights_multiply_the_losses_of_pairs_and_nothing_else():
     assert terms(weighted) == {"pairs": (round(expected, 5), "pairs", 1.0)}
     assert metrics(weighted)["accuracy"] == metrics(plain)["accuracy"] == (1.0, "pairs")
     assert int(objective.counts(pairs(weight=weight))["pairs"]) == 2
-    moved = {"ref_chosen": torch.tensor([-1.05, -0.12]), "ref_rejected": torch.tensor([-0.02, -1.25])}
-    dpo = PreferenceObjective.from_block(Given(minus_ids), OptimBlock(), DpoLoss(beta=0.5))
+    moved = {"ref": torch.tensor([[-1.05, -0.02], [-0.12, -1.25]])}
+    dpo = PreferenceObjective.of(Policy(Given(minus_ids)), OptimBlock(), DpoLoss(beta=0.5))
     expected = 0.5 * math.log1p(math.exp(-0.5)) + 3 * math.log1p(math.exp(0.5))
-    assert terms(dpo.loss(pairs(**moved, weight=weight)))["pairs"][0] == round(expected, 5)
+    assert terms(dpo.loss(pairs(**moved, weight=weight)))["loss_dpo"][0] == round(expected, 5)
 
 
 def test_dpo_without_reference_is_our_mistake():
