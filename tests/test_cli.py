@@ -25,6 +25,7 @@ COMMANDS = {
     "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code",
     "status": "run --json",
     "show": "recipe -n/--count --stage --run --set",
+    "data": "recipe --stage --run --set --reward --json",
     "explain": "key --stage",
     "schema": "stage",
     "eval": "run",
