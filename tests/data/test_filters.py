@@ -79,7 +79,9 @@ def test_a_row_without_a_margin_is_refused_by_place(option: dict[str, Any], writ
     for read in (lambda: load_examples(data, plain, "pairs", 0), lambda: check_records(data, "pairs")):
         with pytest.raises(DataError) as caught:
             read()
-        assert str(caught.value).startswith(f"{path}:5: expected a score margin, found none of the columns score_chosen")
+        assert str(caught.value).startswith(
+            f"{path}:5: expected a score margin, found none of the columns score_chosen"
+        )
         assert "Add one of them" in str(caught.value)
     bad = write("b.jsonl", [*SCORED, pair("e", score_margin="high")])
     with pytest.raises(DataError, match="b.jsonl:5: score_margin: expected a number"):

@@ -53,9 +53,7 @@ def test_similarity_is_that_of_word_shingles() -> None:
 
 def test_near_texts_are_found_and_no_others() -> None:
     texts = corpus()
-    expected = {
-        j for i, j in itertools.combinations(range(len(texts)), 2) if jaccard(texts[i], texts[j]) >= THRESHOLD
-    }
+    expected = {j for i, j in itertools.combinations(range(len(texts)), 2) if jaccard(texts[i], texts[j]) >= THRESHOLD}
     found = sketches(texts).near(range(len(texts)))
     assert set(found) == expected and 20 < len(expected) < 60
     assert all(other < text and jaccard(texts[text], texts[other]) >= THRESHOLD for text, other in found.items())
