@@ -26,6 +26,7 @@ COMMANDS = {
     "status": "run --json",
     "show": "recipe -n/--count --stage --run --set",
     "losses": "--json",
+    "data": "recipe --stage --run --set --reward --json",
     "explain": "key --stage",
     "schema": "stage",
     "eval demo": "run",

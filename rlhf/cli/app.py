@@ -138,6 +138,22 @@ def losses(as_json: JsonOption = False) -> None:
     show_losses(as_json=as_json)
 
 
+@app.command(help="What a recipe's data is like: length bias, duplicates, contradictions, overlap, label noise.")
+def data(
+    recipe: RecipeArgument,
+    stage: Annotated[str | None, typer.Option("--stage", help="stage of the recipe; default: its file name")] = None,
+    run: Annotated[Path | None, typer.Option("--run", help="run directory, for models named `from:`")] = None,
+    set_: SetOption = [],  # noqa: B006
+    reward: Annotated[
+        str | None, typer.Option("--reward", help="reward model that judges the labels: a stage or a model folder")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    from rlhf.cli.data import DataCommand, report_data
+
+    report_data(DataCommand(recipe, stage, run, set_, reward, as_json))
+
+
 @app.command(help="What a recipe key means: type, default, range.")
 def explain(
     key: Annotated[str, typer.Argument(help="dotted key, e.g. train.lr", show_default=False)],

@@ -223,7 +223,7 @@ def _copies(name: str, seen: Observer, keys: Mapping[int, Hashable], total: int)
 
 
 def _alike(name: str, seen: Observer, texts: Texts, identities: Mapping[int, Hashable]) -> Finding:
-    """Rows whose text is nearly that of an earlier row, but not equal to it."""
+    """Rows whose text is nearly that of an earlier row, but not to the letter."""
     near = texts.near(identities.values())
     first: dict[Hashable, int] = {}
     for row, identity in identities.items():
@@ -238,21 +238,22 @@ def _overlap(seen: Observer, train: Sequence[int], held_out: Sequence[int]) -> l
     if not held_out:
         return []
     found = []
-    kinds = [("prompt", seen.prompts, {row: seen.keys[row].prompt for row in (*train, *held_out)})]
+    both = [*train, *held_out]
+    kinds: list[tuple[str, Texts, dict[int, Hashable]]] = []
     if seen.kind != "prompts":
-        kinds.insert(0, ("row", seen.rows, {row: seen.keys[row].answers for row in (*train, *held_out)}))
-    for name, texts, identities in kinds:
-        kept: dict[Hashable, int] = {identities[row]: row for row in reversed(held_out) if identities[row]}
-        equal = [row for row in train if identities[row] in kept]
-        others = dict.fromkeys(identities[row] for row in train if identities[row] and identities[row] not in kept)
-        near = texts.near(others, kept) if kept else {}
-        alike = [row for row in train if identities[row] in near]
-        for words, rows, like in (
-            (f"rows whose {name} is held out too", equal, lambda row, i=identities: i[row]),
-            (f"rows whose {name} is nearly held out", alike, lambda row, i=identities, n=near: n[i[row]]),
-        ):
-            examples = tuple(f"{seen.places[row]} like {seen.places[kept[like(row)]]}" for row in rows[:_EXAMPLES])
-            found.append(Finding(words, len(rows), len(train), examples))
+        kinds.append(("rows that are", seen.rows, {row: seen.keys[row].answers for row in both}))
+    if prompts := {row: seen.keys[row].prompt for row in both if seen.keys[row].prompt}:
+        kinds.append(("rows whose prompt is", seen.prompts, dict(prompts)))
+    for words, texts, identities in kinds:
+        first: dict[Hashable, int] = {identities[row]: row for row in reversed(held_out) if row in identities}
+        mine = {row: identities[row] for row in train if row in identities}
+        near = texts.near([each for each in mine.values() if each not in first], first) if first else {}
+        like = {row: first[identity] for row, identity in mine.items() if identity in first}
+        nearly = {row: first[near[identity]] for row, identity in mine.items() if identity in near}
+        for name, rows in ((f"{words} held out too", like), (f"{words} nearly the same as one held out", nearly)):
+            shown = list(rows.items())[:_EXAMPLES]
+            examples = tuple(f"{seen.places[row]} like {seen.places[other]}" for row, other in shown)
+            found.append(Finding(name, len(rows), len(train), examples))
     return found
 
 

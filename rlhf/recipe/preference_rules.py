@@ -49,7 +49,8 @@ def unused_reference(recipe: PreferenceRecipe) -> Problems:
     reference = recipe.reference
     if not any(block.reference for _, block in _losses(recipe)) and (reference.from_ or reference.path):
         what = f"expected none for {recipe.loss.name}, which compares with no reference, found one"
-        yield Problem("reference", what, "remove it, or take another loss", ("loss.name",))
+        fix = "remove it (--set 'reference={}'), or take another loss"
+        yield Problem("reference", what, fix, ("loss.name",))
 
 
 def unused_critic(recipe: PreferenceRecipe) -> Problems:
