@@ -22,6 +22,7 @@ from rlhf.algo.controllers import adaptive, ppo_penalty_beta
 from rlhf.algo.kl import KL_ESTIMATORS, k1, k2, k3, seq_kl_exact
 from rlhf.algo.logprobs import entropy, token_logprobs
 from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, select, whiten, whiten_keeping_mean
+from rlhf.algo.merging import linear, ties
 from rlhf.algo.policy import gspo, mdloo, ppo_clip, ppo_dual_clip, reinforce, rloo_clip
 from rlhf.algo.preference import PREFERENCE_LOSSES, implicit_rewards
 from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
@@ -32,7 +33,7 @@ from rlhf.batch import PairLogprobs
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 44
+NUM_VECTORS = 46
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
@@ -270,6 +271,14 @@ def overlong(inputs: Inputs, hyper: Computed) -> Computed:
     return {"penalty": overlong_punishment(inputs["length"], limit, buffer=buffer, penalty=1.0)}
 
 
+def merged(inputs: Inputs, hyper: Computed) -> Computed:
+    models = torch.stack([inputs["sft"], inputs["dpo"]])
+    if "density" in hyper:
+        weights = torch.ones(2, dtype=torch.float64)
+        return {"theta": ties(inputs["base"], models, weights, density=hyper["density"], scale=hyper["lam"])}
+    return {"theta": linear(inputs["base"], models, torch.tensor([hyper["w_sft"], hyper["w_dpo"]]))}
+
+
 COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "dpo": preference("dpo"),
     "cdpo": preference("cdpo"),
@@ -302,6 +311,8 @@ COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "adaptive_kl": controller(adaptive, "target", "horizon"),
     "ppo_penalty_beta": controller(ppo_penalty_beta, "target"),
     "dapo_overlong": overlong,
+    "merge_linear": merged,
+    "merge_ties": merged,
 }
 
 
