@@ -18,6 +18,7 @@ from rlhf.algo.aggregation import AGGREGATIONS
 from rlhf.algo.controllers import KL_CONTROLLERS
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.losses import PREFERENCE_LOSSES
+from rlhf.algo.merging import MERGES
 from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.registry import Entry, Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
@@ -25,6 +26,7 @@ from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.recipe.fields import Option, options, shape_of
 from rlhf.recipe.loss_options import LossBlock
+from rlhf.recipe.merge_options import MergeChoice
 from rlhf.recipe.options import PreferenceLoss, RewardLoss
 from rlhf.recipe.policy_options import GroupAdvantage, KlController, PolicyLoss, PpoAdvantage, PpoValueLoss
 from rlhf.recipe.reward_options import Reward
@@ -208,6 +210,7 @@ REGISTRIES: tuple[tuple[str, Registry, str, Callable[[Entry], str]], ...] = (
         "`rewards[].kind` of `rlhf ppo` and `rlhf grpo`, each with a `weight`; `kind: model` is a trained reward model",
         options_in(Reward),
     ),
+    ("Merges", MERGES, "`method.name` of `rlhf merge`; [merging.md](merging.md)", options_in(MergeChoice)),
     ("Schedules", SCHEDULES, "`train.schedule` and `critic.schedule`", schedule_options),
 )
 

@@ -18,15 +18,17 @@ from rlhf.algo.aggregation import AGGREGATIONS, DENOMINATORS
 from rlhf.algo.controllers import KL_CONTROLLERS, ppo_penalty_beta
 from rlhf.algo.kl import KL_ESTIMATORS
 from rlhf.algo.losses import PREFERENCE_LOSSES
+from rlhf.algo.merging import MERGES
 from rlhf.algo.policy import POLICY_LOSSES
 from rlhf.algo.registry import Entry, Registry
 from rlhf.algo.reward_model import REWARD_LOSSES
 from rlhf.algo.rewards import process_scores
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.algo.value import VALUE_LOSSES
-from rlhf.recipe import loss_options, options, pair_options, policy_options, reward_options
+from rlhf.recipe import loss_options, merge_options, options, pair_options, policy_options, reward_options
 from rlhf.recipe.fields import shape_of
 from rlhf.recipe.loss_options import LossBlock
+from rlhf.recipe.merge_options import MergeChoice, MergeMethod
 from rlhf.recipe.options import PreferenceLoss, RewardLoss, RewardLossBlock
 from rlhf.recipe.policy_options import (
     Estimator,
@@ -52,6 +54,7 @@ CHOICES: list[tuple[Registry, tuple[Any, ...]]] = [
     (POLICY_LOSSES, (PolicyLoss,)),
     (VALUE_LOSSES, (PpoValueLoss,)),
     (KL_CONTROLLERS, (KlController,)),
+    (MERGES, (MergeChoice,)),
     (RULES, (Reward,)),
 ]
 NOT_A_RULE = {"model", "process", "http"}  # rewards of modules of their own: no function of rows and answers
@@ -132,7 +135,7 @@ def test_every_entry_has_a_block_and_every_block_an_entry(registry: Registry) ->
 def test_every_block_with_a_name_can_be_chosen() -> None:
     declared = {
         block
-        for module in (pair_options, loss_options, options, policy_options, reward_options)
+        for module in (merge_options, pair_options, loss_options, options, policy_options, reward_options)
         for block in vars(module).values()
         if inspect.isclass(block) and issubclass(block, Block) and {"name", "kind"} & set(block.model_fields)
     }
@@ -189,6 +192,15 @@ def test_what_an_estimator_asks_of_the_recipe_is_what_its_inputs_need(entry: Ent
     assert block.per_token is bool({"rewards", "step_scores"} & set(entry.inputs))
 
 
+@pytest.mark.parametrize("entry", MERGES, ids=by_name)
+def test_what_a_merge_asks_of_the_recipe_is_what_its_inputs_need(entry: Entry) -> None:
+    block = blocks_of(MERGES)[entry.name]
+    assert issubclass(block, MergeMethod)
+    assert ("seed" in block.model_fields) is ("draws" in entry.inputs)
+    assert set(entry.inputs) - {"draws"} == {"base", "models", "weights"}
+
+
+# --- properties -----------------------------------------------------------------------------------------------------
 FROM_DATA = {"scores", "win_rates", "rewards"}
 FROM_FORWARD = {"chosen_tokens", "rejected_tokens", "sequence_kl", "contrast", "values", "density"}
 

@@ -12,7 +12,7 @@ from rlhf.recipe.schema import Block, ModelRef, default_name
 class MergedModel(ModelRef):
     """A policy that was trained from the base."""
 
-    weight: float = Field(ge=0, description="what it counts beside the others; 1 / models each is their average")
+    weight: float = Field(ge=0, description="its share; 1/n each is the average of n models")
 
 
 class MergeMethod(Block):

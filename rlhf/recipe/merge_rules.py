@@ -19,7 +19,7 @@ def different_models(recipe: MergeRecipe) -> Iterator[Problem]:
     """The base has changed nothing, and a model counts once."""
     seen: dict[tuple[str | None, ...], str] = {}
     for key, ref in merged_models(recipe):
-        source = (ref.from_, ref.path, ref.revision)
+        source, key = (ref.from_, ref.path, ref.revision), f"{key}.{'from' if ref.from_ else 'path'}"
         if source in seen and any(source):
             what = f"expected different models, found {ref.from_ or ref.path} as {seen[source]} too"
             yield Problem(key, what, "remove one of the two", (seen[source],))

@@ -23,6 +23,7 @@ from rlhf.algo.credit import implicit_reward
 from rlhf.algo.kl import KL_ESTIMATORS, k1, k2, k3, seq_kl_exact
 from rlhf.algo.logprobs import entropy, token_logprobs
 from rlhf.algo.masked import masked_mean, moments, row_means, row_sums, whiten, whiten_keeping_mean
+from rlhf.algo.merging import linear, ties
 from rlhf.algo.policy import gspo, mdloo, ppo_clip, ppo_dual_clip, reinforce, rloo_clip
 from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
 from rlhf.algo.rewards import overlong_punishment, process_scores, shape_rewards
@@ -34,7 +35,7 @@ from tests.golden.schemes import COMPUTE as SCHEMES
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 121
+NUM_VECTORS = 123
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
@@ -251,6 +252,14 @@ def overlong(inputs: Inputs, hyper: Computed) -> Computed:
     return {"penalty": overlong_punishment(inputs["length"], limit, buffer=buffer, penalty=1.0)}
 
 
+def merged(inputs: Inputs, hyper: Computed) -> Computed:
+    models = torch.stack([inputs["sft"], inputs["dpo"]])
+    if "density" in hyper:
+        weights = torch.ones(2, dtype=torch.float64)
+        return {"theta": ties(inputs["base"], models, weights, density=hyper["density"], scale=hyper["lam"])}
+    return {"theta": linear(inputs["base"], models, torch.tensor([hyper["w_sft"], hyper["w_dpo"]]))}
+
+
 COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     **PREFERENCES,
     "implicit_reward": implicit,
@@ -283,6 +292,8 @@ COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "ppo_penalty_beta": controller(ppo_penalty_beta, "target"),
     "dapo_overlong": overlong,
     **SCHEMES,
+    "merge_linear": merged,
+    "merge_ties": merged,
 }
 
 

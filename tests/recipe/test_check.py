@@ -15,6 +15,7 @@ from rlhf.recipe.preference_rules import PREFERENCE_RULES
 from rlhf.recipe.stages import RECIPES
 
 BASE = "model: {from: sft}\ndata: {path: x}\n"
+MERGE = "base: {from: a}\nmodels: [{from: b, weight: 1}, {from: c, weight: 1}]\n"
 INIT = "model: {init: {hidden: 96, heads: 4}}\ndata: {path: x}\n"
 
 # (stages, recipe, overrides, key that is blamed, what the message holds, remedy)
@@ -67,6 +68,14 @@ BROKEN = [
     ("grpo", BASE, "rewards=[{kind: format, pattern: '('}]", "rewards.0.pattern", "'(' (missing )", "quotes"),
     ("grpo", BASE, "rewards=[{kind: function, function: a.py}]", "rewards.0.function", "file.py:name", "my_rewards.py"),
     ("grpo", BASE, "rewards=[{kind: function, function: 'a.txt:f'}]", "rewards.0.function", "'a.txt:f'", "example"),
+    ("sft", INIT, "train.l1=0.1", "train.l1", "for a model from scratch, found 0.1", "remove it"),
+    ("sft", BASE + "train: {l1: 0.1}", "model.lora.rank=4", "train.l1", "expected 0 with adapters, found 0.1", "ties"),
+    ("merge", MERGE.replace("{from: a", "{from: a, path: x"), "", "base", "of from and path, found both", "remove one"),
+    ("merge", MERGE, "models.1.revision=v1", "models.1.revision", "expected path beside it", "hub ids"),
+    ("merge", MERGE, "models.1.from=a", "models.1.from", "models, found a as base.from too", "remove one"),
+    ("merge", MERGE, "models.1.from=b", "models.1.from", "models, found b as models.0.from too", "remove one"),
+    ("merge", MERGE.replace("1", "0"), "", "models.0.weight", "a weight above 0, found none", "0.5 each"),
+    ("merge", MERGE[:-2] + ", {from: d, weight: 1}]", "method.name=slerp", "models", "2 models for slerp, found 3", ""),
     ("ppo grpo", BASE, "train.minibatches=7", "train.minibatches", "a divisor of prompts x answers =", "one of 1, 2"),
 ]  # fmt: skip
 
@@ -123,9 +132,18 @@ def test_batches_that_devices_cannot_share(
         load(BASE, stage, change)
 
 
+def test_merging_is_one_process(refuse: Callable[..., list[str]], load: Callable[..., object]) -> None:
+    [problem] = refuse(MERGE, "merge", world_size=2)
+    assert problem.startswith("r.yaml:1:1: expected one process, found 2\n") and "leave out --gpus" in problem
+    load(MERGE, "merge", world_size=1)
+
+
 @pytest.mark.parametrize("stage", RECIPES)
 def test_the_defaults_break_no_rule(stage: str, load: Callable[..., LoadedRecipe]) -> None:
     needed = ["rewards=[{kind: length}]"] if stage == "label" else []
+    if stage == "merge":
+        assert check_recipe(stage, load(MERGE, stage).recipe, 1) == []
+        return
     for devices in (None, 1, 2, 4, 8, 16):
         assert check_recipe(stage, load(BASE, stage, *needed).recipe, devices) == []
     if stage not in ("dpo", "label"):
@@ -164,7 +182,7 @@ def test_all_broken_rules_come_together(refuse: Callable[..., list[str]]) -> Non
 
 def test_every_rule_is_documented_and_in_use() -> None:
     helpers = {"check_recipe", "one_source", "revision", "trained_zero", "frozen_zero", "looks_local"}
-    helpers |= {"missing_files", "missing_data", "closest", "named_rewards", "sources"}
+    helpers |= {"missing_files", "missing_data", "closest", "named_rewards", "sources", "merged_models"}
     functions = {name for name, f in inspect.getmembers(check, inspect.isfunction) if not name.startswith("_")}
     elsewhere = {rule.__name__ for rule in (*POLICY_RULES, *PREFERENCE_RULES)}
     assert functions - helpers - {"dataclass"} == rules() - elsewhere

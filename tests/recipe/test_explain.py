@@ -60,12 +60,12 @@ def test_every_key_is_explained_and_described(stage: str) -> None:
 @pytest.mark.parametrize(
     ("key", "stage", "expected"),
     [
-        ("trian.lr", None, "found 'trian.lr'\n  did you mean train.lr?"),
+        ("trian.lr", None, "found 'trian.lr'\n  did you mean train.lr or train.l1?"),
         ("lrr", None, "did you mean train.lr?"),
         ("learning_rate", "ppo", "did you mean train.lr, "),
         ("critic.lr", "sft", "did you mean train.lr?"),
         ("qqqq", None, "`rlhf explain train` lists a block"),
-        ("lr", "stf", "stage: expected one of sft, rm, ppo, grpo, dpo, label, found 'stf'"),
+        ("lr", "stf", "stage: expected one of sft, rm, ppo, grpo, dpo, label, merge, found 'stf'"),
     ],
 )
 def test_unknown_keys_are_refused_with_the_nearest(key: str, stage: str | None, expected: str) -> None:
@@ -92,7 +92,8 @@ def test_json_schema_is_closed_and_speaks_yaml_names(stage: str) -> None:
     schema = json_schema(stage)
     text = json.dumps(schema)
     assert "from_" not in text and "oneOf" not in text and "discriminator" not in text
-    assert schema["required"] == ["model", "data", *(["rewards"] if stage == "label" else [])]
+    needed = ["base", "models"] if stage == "merge" else ["model", "data"]
+    assert schema["required"] == [*needed, *(["rewards"] if stage == "label" else [])]
     assert set(schema["properties"]) == set(options(RECIPES[stage]))
     for block in blocks(schema):
         assert block["additionalProperties"] is False

@@ -187,7 +187,11 @@ def test_keys_cannot_drive_the_terminal(refuse: Callable[..., list[str]]) -> Non
 def test_dumped_recipes_load_equal(stage: str, load: Callable[..., LoadedRecipe]) -> None:
     changes = ['data.templates={prompt: "a: {b} # c"}', "log.wandb=1e5"]
     changes += ["rewards=[{kind: length}]"] if stage == "label" else ["train.lr=3e-7", "train.betas=[0.8, 0.99]"]
-    first = load("model: {path: '007', revision: '1e5'}\ndata: {path: 'no'}\n", stage, *changes)
+    text = "model: {path: '007', revision: '1e5'}\ndata: {path: 'no'}\n"
+    if stage == "merge":
+        text = "base: {path: '007', revision: '1e5'}\nmodels: [{path: 'no', weight: 1}]\n"
+        changes = ["method={name: ties, density: 3e-7}", "models.0.weight=1e5"]
+    first = load(text, stage, *changes)
     text = dump_recipe(first.recipe)
     again = load(text, stage)
     assert again.recipe == first.recipe

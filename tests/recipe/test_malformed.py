@@ -26,10 +26,17 @@ NEEDS = {
 }
 
 
+def minimal(stage: str) -> dict[str, Any]:
+    """What must be written for a block of the stage to be looked at."""
+    if stage == "merge":
+        return {"base": {"from": "sft"}, "models": [{"from": "dpo", "weight": 1}]}
+    return {"model": {"from": "sft"}, "data": {"path": "x"}}
+
+
 def keys(stage: str) -> Iterator[tuple[str, Option, dict[str, Any]]]:
     """(dotted key, option, a recipe in which the key's block exists) of every key of a stage."""
     for key, tag, option in walk(RECIPES[stage]):
-        values: dict[str, Any] = {"model": {"from": "sft"}, "data": {"path": "x"}}
+        values = minimal(stage)
         for prefix, needed in NEEDS.items():
             if key.startswith(f"{prefix}."):
                 values |= copy.deepcopy(needed)
@@ -89,7 +96,7 @@ def test_every_misspelt_key_is_named_with_the_right_one(stage: str, load: Callab
             assert lines[at].startswith(f"r.yaml:{line}:")
             assert key in lines[at + 1].replace("?", "").replace(",", "").split(), (key, lines)
             count += 1
-    assert count > 150
+    assert count > (30 if stage == "merge" else 150)
 
 
 @pytest.mark.parametrize("stage", RECIPES)
@@ -118,7 +125,7 @@ def test_every_wrong_type_is_told_at_its_line(stage: str, load: Callable[..., Lo
             assert f"{key.rpartition('.')[2]}:" in row, (key, wrong, text)
             assert "pydantic" not in text
             count += 1
-    assert count > 150
+    assert count > (30 if stage == "merge" else 150)
 
 
 @pytest.mark.parametrize("stage", RECIPES)
@@ -152,7 +159,7 @@ def test_recipes_broken_at_random_are_refused_or_loaded_but_never_crash(load: Ca
     for round_ in range(300):
         stage = rng.choice(list(RECIPES))
         every = known[stage]
-        values: Any = {"model": {"from": "sft"}, "data": {"path": "x"}}
+        values: Any = minimal(stage)
         for _ in range(rng.randrange(1, 6)):
             key, _, needed = rng.choice(every)
             values = {**values, **needed}
