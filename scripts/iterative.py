@@ -1,4 +1,4 @@
-"""Iterative DPO against one-shot DPO on equal data, on the demo task, over several seeds: trains, then draws and writes.
+"""Iterative DPO against one-shot DPO on equal data, on the demo task, over several seeds: trains, draws, writes.
 
     python -m scripts.iterative --runs runs/iterative --seeds 0,1,2 --jobs 2
     python -m scripts.iterative --runs runs/iterative --table-only
