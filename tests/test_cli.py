@@ -113,7 +113,7 @@ def test_version(cold_cli):
         (["eval", "runs/demo"], "No such command 'runs/demo'"),
         (["eval", "implicit-reward", "x"], "Missing option '--data'"),
         (["eval", "implicit-reward", "x", "--data", "y", "--tokens", "-1"], "Invalid value for '--tokens'"),
-        (["explain", "train.lrr"], "did you mean train.lr?"),
+        (["explain", "train.lrr"], "did you mean train.lr or train.l1?"),
         (["explain", "lr", "--stage", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, merge, found 'stf'"),
     ],
 )
