@@ -97,7 +97,7 @@ def test_version(cold_cli):
         (["run", "no-such.yaml", "--run", "x"], "expected a YAML file, found nothing"),
         (["show", "recipes/demo/pipeline.yaml"], "--stage sft | rm | dpo | ppo | grpo | label"),
         (["schema", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, merge, found 'stf'"),
-        (["explain", "train.lrr"], "did you mean train.lr?"),
+        (["explain", "train.lrr"], "did you mean train.lr or train.l1?"),
         (["explain", "lr", "--stage", "stf"], "expected one of sft, rm, ppo, grpo, dpo, label, merge, found 'stf'"),
     ],
 )
