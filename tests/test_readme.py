@@ -107,6 +107,8 @@ def workplace(tmp_path_factory) -> Path:
     for task in TASKS:
         for stage, kind in (("sft", "policy"), ("rm", "reward"), ("rm-test", "reward")):
             publish(RunDir(folder / "runs" / task), stage, kind)
+    for stage in ("ppo", "dpo"):  # what is merged
+        publish(RunDir(folder / "runs" / "demo"), stage, "policy")
     return folder
 
 
