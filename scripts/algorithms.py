@@ -47,6 +47,7 @@ ALGORITHMS = {  # recipe and stage folder -> subcommand
     "reinforce_pp": "grpo",
     "remax": "grpo",
     "mdloo": "grpo",
+    "nash_md": "grpo",
 }
 NOT_STARTED = -1  # the code of a stage whose parent failed
 

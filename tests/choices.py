@@ -254,6 +254,8 @@ CASES = {
         "grpo",
         {
             "opponent": {"mixture": 0.5},
+            "zero": SMALL,
+            "reference.zero": SMALL,
             "advantage": {"name": "reinforce"},
             "policy_loss": {"name": "reinforce"},
             "aggregation": "sequence_sum",

@@ -16,7 +16,7 @@ from scripts.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.y*ml"))
-PIPELINES = ("pipeline", "tiny", "iterative", "paft")
+PIPELINES = ("pipeline", "tiny", "iterative", "iterative_dpo", "sdpo", "rso", "paft")
 STAGES = [path for path in FILES if path.stem not in PIPELINES]
 CHAINS = [path for path in FILES if path.stem in PIPELINES]
 

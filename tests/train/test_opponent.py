@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
+import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from rlhf.batch import Rollout
 from rlhf.train.experience import to_experience
@@ -70,3 +73,31 @@ def test_an_opponent_changes_no_answer_of_the_policy(forked):
         assert experience.response_mask.any(-1).equal(~found.scores.isnan()), "an answer without a verdict is left out"
 
     forked(body)
+
+
+def test_two_ranks_compare_as_one_does(two_ranks, forked):
+    def drawn() -> list[float]:
+        return against(0.4).draw(1, 0).scores.nan_to_num(9.0).tolist()
+
+    first, second = two_ranks(lambda rank: drawn())
+    assert first == second
+
+    def body() -> None:
+        torch.testing.assert_close(torch.tensor(drawn()), torch.tensor(first), atol=1e-6, rtol=0)
+
+    forked(body)
+
+
+@pytest.mark.pipeline
+def test_a_reference_over_other_tokens_is_refused(tiny, cli, tmp_path):
+    """The same tokenizer, but a vocabulary that was padded: the distributions cannot be mixed."""
+    folder = tmp_path / "padded"
+    shutil.copytree(tiny.root / "sft" / "model", folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    model.resize_token_embeddings(model.config.vocab_size + 8)
+    model.save_pretrained(folder)
+    words = ["opponent={}", "kl={placement: reward, estimator: k1}", f"reference.path={folder}"]
+    done = cli(*tiny.command("grpo", "--name", "padded", *(w for word in words for w in ("--set", word))))
+    assert done.code == 4, done.err
+    size = model.config.vocab_size
+    assert f"reference: expected the policy's {size - 8} tokens, found a model of {size}" in done.err
