@@ -9,71 +9,64 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
-HEADINGS = ("data", "pairs", "score", "accuracy [95 %]", "drop", "margin", "NLL", "ECE")
+# Heading -> width of its column, for 80 columns in all.
+COLUMNS = {"score": 18, "accuracy [95 %]": 22, "drop": 5, "margin": 17, "NLL": 5, "ECE": 5}
 
 
 def print_record(record: dict[str, Any]) -> None:
-    """Table, differences, and the rows whose tokens were asked for."""
+    """A table and the differences for each dataset, and the rows whose tokens were asked for."""
     console = Console(highlight=False)
     console.width = console.width if console.is_terminal else max(console.width, 120)
     title = f"Implicit reward of {record['policy']}: {record['beta']:g} log({record['policy']} / {record['reference']})"
     if record["reward"] is not None:
         title += f"; reward model: {record['reward']}"
-    console.print(title, markup=False, soft_wrap=True)
-    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in HEADINGS:
-        table.add_column(heading, justify="left" if heading in ("data", "score") else "right", no_wrap=True)
-    for row in score_rows(record):
-        table.add_row(*(Text(cell) for cell in row))
-    console.print(table)
-    for line in difference_lines(record):
-        console.print(line, markup=False, soft_wrap=True)
+    console.print(Text(title, style="bold"), soft_wrap=True)
     for dataset in record["datasets"]:
+        console.print(Text(f"\n{dataset['data']}: {dataset['pairs']} pairs", style="bold"), soft_wrap=True)
+        console.print(score_table(dataset))
+        for line in notes(dataset):
+            console.print(line, markup=False, soft_wrap=True)
         for row in dataset["rows"]:
-            console.print(CreditedRow(dataset["data"], row))
+            console.print(CreditedRow(row))
 
 
-def score_rows(record: dict[str, Any]) -> list[list[str]]:
-    """One row of cells per dataset and score, under `HEADINGS`."""
-    rows = []
-    for dataset in record["datasets"]:
-        for number, (name, score) in enumerate(dataset["scores"].items()):
-            accuracy, margin = score["accuracy"], score["margin"]
-            rows.append(
-                [
-                    "" if number else dataset["data"],
-                    "" if number else str(dataset["pairs"]),
-                    name,
-                    f"{accuracy['mean']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}]",
-                    "" if score["drop"] is None else f"{100 * score['drop']:+.1f}",
-                    f"{margin['mean']:.3g} ± {margin['se']:.2g}",
-                    "" if score["nll"] is None else f"{score['nll']:.3f}",
-                    "" if score["ece"] is None else f"{score['ece']:.3f}",
-                ]
-            )
-    return rows
+def score_table(dataset: dict[str, Any]) -> Table:
+    """One row per score, under the headings of `COLUMNS`."""
+    table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading, width in COLUMNS.items():
+        table.add_column(heading, justify="left" if heading == "score" else "right", no_wrap=True, min_width=width)
+    for name, score in dataset["scores"].items():
+        accuracy, margin = score["accuracy"], score["margin"]
+        table.add_row(
+            name,
+            f"{accuracy['mean']:.1%} [{accuracy['low']:.1%}, {accuracy['high']:.1%}]",
+            "" if score["drop"] is None else f"{100 * score['drop']:+.1f}",
+            f"{margin['mean']:.3g} ± {margin['se']:.2g}",
+            "" if score["nll"] is None else f"{score['nll']:.3f}",
+            "" if score["ece"] is None else f"{score['ece']:.3f}",
+        )
+    return table
 
 
-def difference_lines(record: dict[str, Any]) -> Iterator[str]:
-    """What was left out, and which score is right more often, in words."""
-    for dataset in record["datasets"]:
-        if dataset["left_out"]:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in dataset["left_out"].items())
-            yield f"{dataset['data']}: left out of {dataset['read']} rows: {reasons}"
-        for each in dataset["differences"]:
-            points = f"{100 * each['mean']:+.1f} points [{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
-            only = f"right alone {each['only_first']} : {each['only_second']}, McNemar p {each['p']:.2g}"
-            yield f"{dataset['data']}: {each['first']} against {each['second']}: {points}, {only}"
+def notes(dataset: dict[str, Any]) -> Iterator[str]:
+    """Which score is right more often, and what was left out, in words."""
+    for each in dataset["differences"]:
+        points = f"{100 * each['mean']:+.1f} points [{100 * each['low']:+.1f}, {100 * each['high']:+.1f}]"
+        only = f"right alone {each['only_first']} : {each['only_second']}, McNemar p {each['p']:.2g}"
+        yield f"{each['first']} against {each['second']}: {points}, {only}"
+    if dataset["left_out"]:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in dataset["left_out"].items())
+        yield f"left out of {dataset['read']} rows: {reasons}"
 
 
 class CreditedRow:
     """A pair whose tokens are green or red by what the policy credits them with."""
 
-    def __init__(self, data: str, row: dict[str, Any]) -> None:
-        self.data, self.row = data, row
+    def __init__(self, row: dict[str, Any]) -> None:
+        self.row = row
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(f"\n{self.data}, row {self.row['row']}: {self.row['prompt']}", style="dim")
+        yield Text(f"row {self.row['row']}: {self.row['prompt']}", style="dim")
         credits = [abs(credit) for side in ("chosen", "rejected") for _, credit in self.row[side]["tokens"]]
         for side in ("chosen", "rejected"):
             text = Text(f"{side} {self.row[side]['reward']:+.2f}: ", style="bold")

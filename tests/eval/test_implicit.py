@@ -167,6 +167,7 @@ def test_whole_evaluation_of_untrained_stages(run, capsys):
     assert "Implicit reward of dpo: 0.5 log(dpo / sft); reward model: rm" in text
     for part in ("demo:eval_pairs", "demo:shift_both", "longer wins", "reward model against implicit:", "McNemar p"):
         assert part in text, part
+    assert "…" not in text, "nothing is cut"
     record = json.loads((run / "report" / "implicit.json").read_text())
     assert (record["policy"], record["reference"], record["reward"], record["beta"]) == ("dpo", "sft", "rm", 0.5)
     for dataset in record["datasets"]:
@@ -227,13 +228,13 @@ def test_credit_is_a_colour_or_a_number():
 
 def test_a_row_on_both_kinds_of_console():
     side = {"reward": -0.5, "tokens": [[" dull", -0.75], [".", 0.25]]}
-    row = CreditedRow("pairs.jsonl", {"row": 4, "prompt": "the plot was", "chosen": side, "rejected": side})
+    row = CreditedRow({"row": 4, "prompt": "the plot was", "chosen": side, "rejected": side})
     found = []
     for colours in (None, "truecolor"):
         console = Console(width=200, color_system=colours, force_terminal=colours is not None)
         with console.capture() as capture:
             console.print(row)
         found.append(capture.get())
-    assert "pairs.jsonl, row 4: the plot was" in found[0]
+    assert "row 4: the plot was" in found[0]
     assert "chosen -0.50:  dull(-0.75).(+0.25)\n" in found[0] and "\x1b" not in found[0]
     assert "48;2;255;0;0m dull" in found[1] and "(-0.75)" not in found[1]
