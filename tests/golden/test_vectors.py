@@ -29,13 +29,14 @@ from rlhf.algo.reward_model import pair_accuracy, rm_bt, rm_bt_smooth
 from rlhf.algo.rewards import overlong_punishment, process_scores, shape_rewards
 from rlhf.algo.sft import sft
 from rlhf.algo.value import ppo_value
+from tests.golden.evaluation import COMPUTE as EVALUATION
 from tests.golden.preferences import COMPUTE as PREFERENCES
 from tests.golden.preferences import gradients
 from tests.golden.schemes import COMPUTE as SCHEMES
 
 ATOL = 1e-6
 VECTORS: list[dict[str, Any]] = json.loads((Path(__file__).parent / "vectors.json").read_text())
-NUM_VECTORS = 123
+NUM_VECTORS = 128
 
 Inputs = dict[str, Tensor]
 Computed = dict[str, Any]
@@ -292,6 +293,7 @@ COMPUTE: dict[str, Callable[[Inputs, Computed], Computed]] = {
     "ppo_penalty_beta": controller(ppo_penalty_beta, "target"),
     "dapo_overlong": overlong,
     **SCHEMES,
+    **EVALUATION,
     "merge_linear": merged,
     "merge_ties": merged,
 }
