@@ -81,6 +81,14 @@ def test_every_stage_has_a_report(cli, tiny):
         assert report["all"]["train"] > 0
 
 
+def test_a_loss_of_single_answers_has_its_own_report_and_no_pair_filters(cli, tiny):
+    words_ = ["--run", tiny.root, "--set", "loss={name: kto}"]
+    done = cli("data", tiny.recipes / "dpo.yaml", *words_, "--json")
+    assert done.code == 0 and json.loads(done.out)["all"]["kind"] == "answers", done.err
+    done = cli("data", tiny.recipes / "dpo.yaml", *words_, "--set", "data.filter.drop_conflicts=true")
+    assert done.code == 2 and "data.filter.drop_conflicts: expected nothing where no pairs" in done.err
+
+
 def test_rows_that_training_would_refuse_are_counted(cli, tiny):
     data = {"path": str(tiny.data / "pairs.jsonl"), "on_long": "error", "max_length": 56}
     done = cli("data", tiny.recipes / "rm.yaml", "--run", tiny.root, *words(data))

@@ -14,7 +14,7 @@ from rlhf.models.folder import ADAPTER_CONFIG, check_model_folder
 from rlhf.recipe.schema import FilterBlock
 from rlhf.recipe.stages import RECIPES
 from rlhf.run.rundir import RunDir, resolve_parent
-from rlhf.train.job import DATA_KIND
+from rlhf.train.job import data_kind
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def report_data(command: DataCommand) -> None:
         )
     run = RunDir(command.run or Path("runs/data"))
     job, _ = prepare(stage, command.recipe, run, overrides=command.overrides, allowed_code=[])
-    kind = DATA_KIND[stage]
+    kind = data_kind(job.recipe)
     source = None if command.reward is None else reward_model(command.reward, command.run, kind)
     check_rows(job)
     from rlhf.data.care import Observer, take_care  # torch and transformers are imported here

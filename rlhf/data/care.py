@@ -120,7 +120,7 @@ class Observer:
         for reason in (problem, *changes):
             if reason and len(self.fates[reason]) < _EXAMPLES:
                 self.fates[reason].append(record.where)
-        key = row_key(record, prompt_alone=self.kind == "prompts")
+        key = row_key(record, self.kind)
         if self.kind == "pairs" and len(key.sides) == 2 and len(set(key.sides)) == 1:
             self.same_words.append(record.where)
         if problem:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rlhf.data.formats import Kind, Record
 from rlhf.data.keys import RowKey, row_key
-from rlhf.data.readers import describe
+from rlhf.data.numbers import number
 from rlhf.data.report import SourceReport
 from rlhf.errors import DataError
 from rlhf.recipe.schema import DataBlock
@@ -43,7 +43,7 @@ def find_margin(record: Record) -> float | None:
     """score_chosen - score_rejected of a row, else its score_margin, else its margin; None where it has none."""
     for columns in MARGIN_COLUMNS:
         if all(column in record.fields and record.fields[column] is not None for column in columns):
-            numbers = [_number(record.fields[column], record.where, column) for column in columns]
+            numbers = [number(record.fields[column], record.where, column) for column in columns]
             return numbers[0] - numbers[1] if len(numbers) == 2 else numbers[0]
     return None
 
@@ -54,18 +54,6 @@ def score_margin(record: Record) -> float:
     if margin is None:
         raise _no_margin(record.where)
     return margin
-
-
-def _number(value: Any, where: str, column: str) -> float:
-    found = math.nan
-    if isinstance(value, (int, float, str)) and not isinstance(value, bool):
-        try:
-            found = float(value)
-        except (ValueError, OverflowError):
-            pass
-    if not math.isfinite(found):
-        raise DataError(f"{column}: expected a number, found {describe(value)}", where=where)
-    return found
 
 
 def _no_margin(where: str) -> DataError:
@@ -98,7 +86,7 @@ class RowFilter:
         if fate[0]:
             return
         if self._wants_keys:
-            self._keys[row] = row_key(record, prompt_alone=self._kind == "prompts")
+            self._keys[row] = row_key(record, self._kind)
         if needs_margin(self._data):
             margin = find_margin(record)
             if margin is None:

@@ -7,16 +7,17 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rlhf.data.formats import Record
+from rlhf.data.formats import Kind, Record
 from rlhf.data.messages import Message
 
 
 @dataclass(frozen=True, slots=True)
 class RowKey:
-    """A row by its content. `sides` are its answers in order: chosen and rejected, or one, or none."""
+    """A row by its content. `sides` are its answers in order: chosen and rejected, those of a list, one, or none."""
 
     prompt: bytes  # empty where a row has none: plain texts
     sides: tuple[bytes, ...]
+    verdict: str = ""  # what single answers and lists are judged by; the order of a pair's sides says it
 
     @property
     def answers(self) -> tuple[bytes, tuple[bytes, ...]]:
@@ -24,10 +25,13 @@ class RowKey:
         return self.prompt, tuple(sorted(self.sides))
 
 
-def row_key(record: Record, *, prompt_alone: bool = False) -> RowKey:
-    """The key of a record, with `prompt_alone` (where answers are not read) of its prompt only."""
+def row_key(record: Record, kind: Kind) -> RowKey:
+    """The key of a record for a stage that makes examples of this kind of it; of prompts to answer, of these only."""
     prompt = _digest(record.prompt) if record.prompt else b""
-    return RowKey(prompt, () if prompt_alone else tuple(map(_digest, sides(record))))
+    if kind == "prompts":
+        return RowKey(prompt, ())
+    verdict = repr((record.label, record.reward, record.scores)) if kind in ("answers", "lists") else ""
+    return RowKey(prompt, tuple(map(_digest, sides(record))), verdict)
 
 
 def sides(record: Record) -> list[list[Message]]:
@@ -36,6 +40,8 @@ def sides(record: Record) -> list[list[Message]]:
         return [record.chosen, record.rejected]
     if record.kind == "text":
         return [[{"role": "text", "content": record.text}]]
+    if record.kind == "list":
+        return record.answers
     return [record.answer] if record.answer else []
 
 

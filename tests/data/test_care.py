@@ -162,6 +162,18 @@ def test_completions_texts_and_prompts(write: Write, plain: Tokenizer) -> None:
     assert found(report, "earlier row's prompt").count == 2
 
 
+def test_single_answers_and_lists(write: Write, plain: Tokenizer) -> None:
+    """Equal are rows with the same answers and the same verdict on them."""
+    rows = [{"prompt": "Q", "completion": "X", "label": label} for label in (True, True, False)]
+    report = care(plain, write("a.jsonl", rows), "answers")
+    assert found(report, "rows equal to an earlier row").count == 1 and report.bias is None
+    lists = [{"prompt": "Q", "answers": [a, "Z"], "scores": [1, 0]} for a in ("X", "Y", "X")]
+    path = write("b.jsonl", lists)
+    report = care(plain, path, "lists")
+    assert facts(report, "rows equal to an earlier row") == (1, 3, (f"{path}:1 (2 times)",))
+    assert care(plain, path, "lists", filter=FilterBlock(drop_duplicates=True)).train == 2
+
+
 # --- limits, filters -------------------------------------------------------------------------------------------------
 
 
