@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -37,6 +38,11 @@ DEGREES = {word: degree for kind, degree in (("MORE", 1.5), ("LESS", 0.5)) for w
 NEGATED = -0.5  # "not dull" is worth less than "clever"
 VALUES = {word: value for kind, value in POLARITY.items() for word in LEXICON[kind]}
 
+JUDGE_TEMPLATE = (
+    "Rate this review from 0 to 5.\n{prompt}{answer}\n"  # short: a review takes half of the model's positions
+)
+_BEST_SCORE = 5
+
 _DAMAGED = 0.1  # share of candidate answers that are damaged, so that pairs also tell grammar from its ruins
 _HELD_OUT = 0.2  # share of all prompts that no training file contains
 _PROMPT_WORDS = (4, 9)
@@ -52,6 +58,8 @@ class DemoSizes:
     prompts: int = 2000
     eval_prompts: int = 256
     eval_pairs: int = 1000
+    judgements: int = 6000
+    eval_judgements: int = 500
 
 
 # --- the gold reward -----------------------------------------------------------------------------------------------
@@ -215,6 +223,30 @@ def bayes_accuracy(rows: Iterable[dict[str, str]]) -> float:
     return sum(max(p, 1 - p) for p in chances) / len(chances)
 
 
+def score_of(gold: float) -> int:
+    """A gold reward as a score from 0 to 5: six equal parts of its range."""
+    return min(_BEST_SCORE, int((gold + CAP) / (2 * CAP) * (_BEST_SCORE + 1)))
+
+
+def reasons(text: str) -> str:
+    """What a judgement of a review says before the score: a sign per word that counts, `?` where it is no review."""
+    if not parses(text):
+        return "?"
+    words = tokenize(text)
+    totals = [sentiment(words[:end]) for end in range(len(words) + 1)]
+    signs = ["+" if after > before else "-" for before, after in itertools.pairwise(totals) if after != before]
+    return " ".join(signs) or "0"
+
+
+def judgements(rng: random.Random, *, evaluation: bool) -> Iterator[dict[str, str]]:
+    """An endless stream of answers to be judged, and the judgement: what a policy learns to judge itself from."""
+    for prompt, _ in reviews(rng, evaluation=evaluation):
+        answer = _answer(prompt, rng)
+        asked = JUDGE_TEMPLATE.replace("{prompt}", prompt).replace("{answer}", answer)
+        score = score_of(gold_reward(prompt, answer))
+        yield {"prompt": asked, "completion": f"{reasons(join(prompt, answer))} Score: {score}"}
+
+
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
@@ -222,6 +254,8 @@ def _endless(name: str, rng: random.Random) -> Iterator[dict[str, str]]:
     evaluation = name.startswith("eval_")
     if name.endswith("pairs"):
         return pairs(rng, evaluation=evaluation)
+    if name.endswith("judgements"):
+        return judgements(rng, evaluation=evaluation)
     stream = reviews(rng, evaluation=evaluation)
     if name == "sft":
         return ({"prompt": prompt, "completion": completion} for prompt, completion in stream)
@@ -231,8 +265,8 @@ def _endless(name: str, rng: random.Random) -> Iterator[dict[str, str]]:
 def demo_rows(name: str, seed: int = 0, sizes: DemoSizes = DemoSizes()) -> list[dict[str, str]]:
     """The rows of one file of the task, no two of them equal: a function of its arguments alone.
 
-    sft (prompt, completion), pairs (prompt, chosen, rejected), prompts, and held out from these by prompt whatever the
-    seeds: eval_prompts, eval_pairs.
+    sft (prompt, completion), pairs (prompt, chosen, rejected), prompts, judgements (prompt, completion), and held out
+    from these by prompt whatever the seeds: eval_prompts, eval_pairs, eval_judgements.
     """
     count = vars(sizes)[name]
     distinct: dict[tuple[str, ...], dict[str, str]] = {}

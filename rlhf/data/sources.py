@@ -26,7 +26,7 @@ from rlhf.errors import DataError, RecipeError, ServiceError, UnsafeError
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
 DEMO = "demo:"  # rows that are generated on the spot, see rlhf/data/demo.py
-DEMO_NAMES = ("sft", "pairs", "prompts", "eval_prompts", "eval_pairs")
+DEMO_NAMES = ("sft", "pairs", "prompts", "judgements", "eval_prompts", "eval_pairs", "eval_judgements")
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves beside the data
 _SPLITS = {

@@ -20,6 +20,7 @@ from rlhf.recipe.data_rules import (
     sources,
     templates,
 )
+from rlhf.recipe.judge_rules import JUDGE_RULES
 from rlhf.recipe.label_rules import devices_share_answers, only_asked
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.problems import Problem, closest
@@ -290,7 +291,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": ONLINE,
     "grpo": ONLINE,
     "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts),
-    "label": (*COMMON, only_asked, room_for_prompts, stop_texts, reward_options),
+    "label": (*COMMON, only_asked, room_for_prompts, stop_texts, reward_options, *JUDGE_RULES),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {
     "sft": (devices_share_batches,),
