@@ -165,14 +165,6 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def cut_unfinished(path: Path) -> None:
-    """Take off a last line that a crash has cut short, so that what is added begins a line of its own."""
-    with disk(path):
-        content = path.read_bytes()
-        if (end := content.rfind(b"\n") + 1) < len(content):
-            os.truncate(path, end)
-
-
 def cut_jsonl(path: Path, step: int) -> None:
     """Keep the rows of the first `step` finished steps (record["step"] <= step): a resumed run has each row once."""
     rows = read_jsonl(path)

@@ -30,8 +30,9 @@ class ReplyCache:
         self.counts: Counter[str] = Counter(asked=0, cached=0)
         self._replies: dict[str, Reply] = {}
         if dist.is_main() and self.path.exists():
-            rows = commit.read_jsonl(self.path)
-            commit.cut_unfinished(self.path)
+            rows, content = commit.read_jsonl(self.path), self.path.read_bytes()
+            if not content.endswith(b"\n"):  # a line that a crash has cut short: the next one begins behind it
+                commit.write_atomic(self.path, content[: content.rfind(b"\n") + 1])
             self._replies = {row["key"]: Reply(row["text"], row["logprobs"]) for row in rows}
 
     def __contains__(self, key: str) -> bool:
