@@ -25,6 +25,7 @@ from scripts.make_docs import pages
 
 ROOT = Path(__file__).parents[1]
 TRAIN = ROOT / "rlhf" / "train"
+VERDICTS = ROOT / "rlhf" / "rewards" / "verdicts.py"  # counts what judges say
 
 
 @pytest.mark.parametrize("path", pages())
@@ -63,8 +64,12 @@ def written_names() -> set[str]:
 
 def full_names() -> set[str]:
     """Names written out, group and all."""
-    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|label|speed|test|kl|coupling)/[a-z_0-9]+")
-    nodes = [node for path in TRAIN.glob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    pattern = re.compile(r"(?:train|eval|policy|value|reward|rollout|label|speed|test|kl|coupling|judge)/[a-z_0-9]+")
+    nodes = [
+        node
+        for path in (*TRAIN.glob("*.py"), VERDICTS)
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    ]
     texts = [node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)]
     return {text for text in texts if pattern.fullmatch(text)}
 

@@ -248,7 +248,7 @@ def test_a_pipeline_goes_round_and_a_further_round_skips_what_is_finished(labell
         ("label", "label.rso.accept=3", 2, "label.rso.accept: expected an even number, found 3"),
         ("rm", "data.output=best", 2, "data.output: expected from: a label stage beside it, found best of none"),
         ("rm", "data={from: label, output: best}", 3, "expected a better and a worse answer (chosen, rejected), found"),
-        ("label", "rewards=[]", 2, "rewards: expected a list of blocks of options, at least 1, found []"),
+        ("label", "rewards=[]", 2, "rewards: expected one of rewards and judge, found neither"),
         ("label", "model={init: {}}", 2, "model.init: expected a trained policy, found one from scratch"),
         ("label", "model.lora.rank=4", 2, "model.lora: expected nothing that is for training"),
         ("label", "zero.stage=2", 2, "zero.stage: expected 0 or 3 for a frozen model"),
@@ -282,7 +282,7 @@ def test_a_label_recipe_without_rewards_is_refused(cold_cli, tmp_path):
     recipe = tmp_path / "label.yaml"
     recipe.write_text("model: {from: sft}\ndata: {path: demo:prompts}\n")
     done = cold_cli("label", recipe, "--run", tmp_path / "run")
-    assert done.code == 2 and f"{recipe}:1:1: rewards: expected a list of blocks" in done.err and not done.torch
+    assert done.code == 2 and f"{recipe}:1:1: rewards: expected one of rewards and judge" in done.err and not done.torch
 
 
 def test_answers_that_make_no_pair_are_refused(labelled, cli):

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from pydantic.fields import FieldInfo
 
+from rlhf.data.demo import JUDGE_TEMPLATE
 from rlhf.recipe.load import load_pipeline, load_recipe
 from rlhf.recipe.schema import Block
 from rlhf.recipe.stages import RECIPES
@@ -16,7 +17,7 @@ from scripts.algorithms import ALGORITHMS
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "recipes").glob("*/*.y*ml"))
-PIPELINES = ("pipeline", "tiny", "iterative", "iterative_dpo", "sdpo", "rso", "paft")
+PIPELINES = ("pipeline", "tiny", "iterative", "iterative_dpo", "sdpo", "rso", "paft", "rlaif", "self_rewarding")
 STAGES = [path for path in FILES if path.stem not in PIPELINES]
 CHAINS = [path for path in FILES if path.stem in PIPELINES]
 
@@ -69,6 +70,12 @@ def parents(block: Block, prefix: str = "") -> Iterator[tuple[str, str]]:
         for inner in value if isinstance(value, list) else [value]:
             if isinstance(inner, Block):
                 yield from parents(inner, f"{prefix}{attribute}.")
+
+
+def test_the_policy_is_asked_to_judge_as_it_has_learned_to():
+    steps = load_pipeline(ROOT / "recipes" / "demo" / "self_rewarding.yaml")
+    labels = [load_recipe(step.recipe, step.stage, step.overrides) for step in steps if step.stage == "label"]
+    assert len(labels) == 2 and {loaded.recipe.judge.template for loaded in labels} == {JUDGE_TEMPLATE}
 
 
 # --- headers ----------------------------------------------------------------------------------------------------------

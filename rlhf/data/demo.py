@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -40,6 +41,11 @@ DEGREES = {word: degree for kind, degree in (("MORE", 1.5), ("LESS", 0.5)) for w
 NEGATED = -0.5  # "not dull" is worth less than "clever"
 VALUES = {word: value for kind, value in POLARITY.items() for word in LEXICON[kind]}
 
+JUDGE_TEMPLATE = (
+    "Rate this review from 0 to 5.\n{prompt}{answer}\n"  # short: a review takes half of the model's positions
+)
+_BEST_SCORE = 5
+
 _DAMAGED = 0.1  # share of candidate answers that are damaged, so that pairs also tell grammar from its ruins
 _HELD_OUT = 0.2  # share of all prompts that no training file contains
 _PROMPT_WORDS = (4, 9)
@@ -58,6 +64,8 @@ class DemoSizes:
     eval_pairs: int = 1000
     lists: int = 3000
     eval_lists: int = 500
+    judgements: int = 6000
+    eval_judgements: int = 500
 
 
 # --- the gold reward -----------------------------------------------------------------------------------------------
@@ -237,6 +245,30 @@ def bayes_accuracy(rows: Iterable[dict[str, str]]) -> float:
     return sum(max(p, 1 - p) for p in chances) / len(chances)
 
 
+def score_of(gold: float) -> int:
+    """A gold reward as a score from 0 to 5: six equal parts of its range."""
+    return min(_BEST_SCORE, int((gold + CAP) / (2 * CAP) * (_BEST_SCORE + 1)))
+
+
+def reasons(text: str) -> str:
+    """What a judgement of a review says before the score: a sign per word that counts, `?` where it is no review."""
+    if not parses(text):
+        return "?"
+    words = tokenize(text)
+    totals = [sentiment(words[:end]) for end in range(len(words) + 1)]
+    signs = ["+" if after > before else "-" for before, after in itertools.pairwise(totals) if after != before]
+    return " ".join(signs) or "0"
+
+
+def judgements(rng: random.Random, *, evaluation: bool) -> Iterator[dict[str, str]]:
+    """An endless stream of answers to be judged, and the judgement: what a policy learns to judge itself from."""
+    for prompt, _ in reviews(rng, evaluation=evaluation):
+        answer = _answer(prompt, rng)
+        asked = JUDGE_TEMPLATE.replace("{prompt}", prompt).replace("{answer}", answer)
+        score = score_of(gold_reward(prompt, answer))
+        yield {"prompt": asked, "completion": f"{reasons(join(prompt, answer))} Score: {score}"}
+
+
 # --- the files -----------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +278,8 @@ def _endless(name: str, rng: random.Random) -> Iterator[dict[str, Any]]:
         return lists(rng, evaluation=evaluation)
     if name.endswith("pairs"):
         return pairs(rng, evaluation=evaluation)
+    if name.endswith("judgements"):
+        return judgements(rng, evaluation=evaluation)
     stream = reviews(rng, evaluation=evaluation)
     if name == "sft":
         return ({"prompt": prompt, "completion": completion} for prompt, completion in stream)
@@ -255,8 +289,9 @@ def _endless(name: str, rng: random.Random) -> Iterator[dict[str, Any]]:
 def demo_rows(name: str, seed: int = 0, sizes: DemoSizes = DemoSizes()) -> list[dict[str, Any]]:
     """The rows of one file of the task, no two of them equal: a function of its arguments alone.
 
-    sft (prompt, completion), pairs (prompt, chosen, rejected), lists (prompt, answers, scores), prompts, and held out
-    from these by prompt whatever the seeds: eval_prompts, eval_pairs, eval_lists.
+    sft (prompt, completion), pairs (prompt, chosen, rejected), lists (prompt, answers, scores), prompts, judgements
+    (prompt, completion), and held out from these by prompt whatever the seeds: eval_prompts, eval_pairs, eval_lists,
+    eval_judgements.
     """
     count = vars(sizes)[name]
     distinct: dict[tuple[str, ...], dict[str, Any]] = {}

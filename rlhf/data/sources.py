@@ -27,7 +27,18 @@ from rlhf.errors import DataError, RecipeError, ServiceError, UnsafeError
 from rlhf.recipe.schema import DataBlock, SourceBlock
 
 DEMO = "demo:"  # rows that are generated on the spot, see rlhf/data/demo.py and shifts.py
-DEMO_NAMES = ("sft", "pairs", "lists", "prompts", "eval_prompts", "eval_pairs", "eval_lists", *SHIFTS)
+DEMO_NAMES = (
+    "sft",
+    "pairs",
+    "lists",
+    "prompts",
+    "judgements",
+    "eval_prompts",
+    "eval_pairs",
+    "eval_lists",
+    "eval_judgements",
+    *SHIFTS,
+)
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _SAVED = ("state.json", "dataset_dict.json")  # what `save_to_disk` leaves beside the data
 _SPLITS = {

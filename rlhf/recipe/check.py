@@ -21,6 +21,7 @@ from rlhf.recipe.data_rules import (
     sources,
     templates,
 )
+from rlhf.recipe.judge_rules import JUDGE_RULES
 from rlhf.recipe.label_rules import devices_share_answers, only_asked, rejection_sampling
 from rlhf.recipe.merge_rules import different_models, merged_models, one_process, some_weight, two_models
 from rlhf.recipe.policy_rules import POLICY_RULES
@@ -316,7 +317,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     "ppo": ONLINE,
     "grpo": ONLINE,
     "dpo": (*COMMON, no_dropout, init_reference, eval_data, stop_texts, *PREFERENCE_RULES),
-    "label": (*COMMON, only_asked, rejection_sampling, room_for_prompts, stop_texts, reward_options),
+    "label": (*COMMON, only_asked, rejection_sampling, room_for_prompts, stop_texts, reward_options, *JUDGE_RULES),
     "merge": (sources_of_merged, different_models, some_weight, two_models),
 }
 DEVICE_RULES: dict[str, tuple[Callable[[Any, int], Problems], ...]] = {

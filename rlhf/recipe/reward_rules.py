@@ -29,11 +29,11 @@ def reward_options(recipe: ScoringRecipe) -> Iterator[Problem]:
     """Patterns compile, functions are named as file.py:name, addresses are http or https, no reward is listed twice."""
     for key, reward in named_rewards(recipe):
         if isinstance(reward, FormatReward):
-            yield from _pattern(f"{key}.pattern", reward.pattern)
+            yield from pattern(f"{key}.pattern", reward.pattern)
         elif isinstance(reward, (FunctionReward, ProcessReward)):
             yield from _function(f"{key}.function", reward.function)
         elif isinstance(reward, HttpReward):
-            yield from _address(f"{key}.url", reward.url)
+            yield from address(f"{key}.url", reward.url)
     for name, rewards in _lists(recipe):
         yield from _twice(name, rewards)
     if isinstance(recipe, OnlineRecipe):
@@ -49,11 +49,12 @@ def _nameless(reward: Reward) -> dict[str, object]:
     return reward.model_dump(exclude={"weight", "zero", "dtype", "statistics"})
 
 
-def _pattern(key: str, pattern: str) -> Iterator[Problem]:
+def pattern(key: str, text: str) -> Iterator[Problem]:
+    """A regular expression that compiles."""
     try:
-        re.compile(pattern)
+        re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        what = f"expected a regular expression, found {pattern!r} ({error})"
+        what = f"expected a regular expression, found {text!r} ({error})"
         yield Problem(key, what, "in YAML, write patterns in single quotes")
 
 
@@ -64,7 +65,7 @@ def _function(key: str, function: str) -> Iterator[Problem]:
         yield Problem(key, what, "for example my_rewards.py:score")
 
 
-def _address(key: str, url: str) -> Iterator[Problem]:
+def address(key: str, url: str) -> Iterator[Problem]:
     """An address that can be asked, without a password: recipes are copied into the run directory."""
     example = "for example http://127.0.0.1:8000/score"
     try:

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, field_validator, model_validator
 
 from rlhf.recipe.guard_options import GuardsBlock
+from rlhf.recipe.judge_options import Judge
 from rlhf.recipe.loss_options import DroVLoss
 from rlhf.recipe.merge_options import LinearMerge, MergeChoice, MergedModel
 from rlhf.recipe.options import PreferenceLoss, RewardLoss, RmBtLoss
@@ -311,9 +312,14 @@ class GRPORecipe(OnlineRecipe):
 class LabelRecipe(Recipe):
     """Comparisons from a policy: answers are sampled, scored and paired. Nothing is trained."""
 
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("rewards", "judge"),)
+
     model: ModelBlock = Field(description="the policy that answers")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the policy; stage 0 or 3")
-    rewards: list[Reward] = Field(min_length=1, description="the labeller: scores, added up with their weights")
+    rewards: list[Reward] = Field([], description="the labeller: scores, added up with their weights")
+    judge: Judge | None = Field(
+        None, description="the labeller instead: a language model that compares or gives points"
+    )
     sampling: SamplingBlock = Field(SamplingBlock(), description="how answers are sampled")
     label: LabelBlock = Field(LabelBlock(), description="which answers are compared")
 

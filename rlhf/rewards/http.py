@@ -16,7 +16,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -43,8 +43,8 @@ for _handler in (
     _OPENER.add_handler(_handler)
 
 
-class _PassingError(Exception):
-    """Worth another try. scores: what can be used of the answer all the same."""
+class PassingError(Exception):
+    """What may pass: worth another try. scores: what can be used of the answer all the same."""
 
     def __init__(self, what: str, scores: Column | None = None) -> None:
         super().__init__(what)
@@ -74,11 +74,11 @@ def http_scores(
         scores += found
     if failures:
         count = sum(score is None for score in scores)
-        logger.warning("%s: %d of %d answers unscored: %s", _shown(url), count, len(scores), failures[0])
+        logger.warning("%s: %d of %d answers unscored: %s", shown(url), count, len(scores), failures[0])
     return scores
 
 
-def check_reachable(url: str, timeout: float, where: str) -> None:
+def check_reachable(url: str, timeout: float, where: str, wanted: str = "scorer") -> None:
     """Refuse an address where nobody accepts a connection: one try, nothing is sent. where: the recipe key."""
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
@@ -86,7 +86,7 @@ def check_reachable(url: str, timeout: float, where: str) -> None:
         socket.create_connection((parts.hostname, port), timeout).close()
     except (OSError, UnicodeError) as error:  # the latter: no name of a host
         raise ServiceError(
-            f"expected a scorer that accepts connections, found none at {_shown(url)}: {error}",
+            f"expected a {wanted} that accepts connections, found none at {shown(url)}: {error}",
             where=where,
             fix="Start it, or correct the address; it must be reachable from every node.",
         ) from None
@@ -109,50 +109,64 @@ def _is_json(value: Any) -> bool:
 
 def _ask(url: str, body: bytes, count: int, timeout: float, retries: int) -> tuple[Column, str]:
     """One request with its further tries: (scores, why some are missing, empty where none failed)."""
-    last = _PassingError("")
+    last = PassingError("")
     for again in range(retries + 1):
-        if again:
-            time.sleep(min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE))
+        pause(again)
         try:
-            return _scores(_post(url, body, timeout), count), ""
-        except _PassingError as error:
+            return _scores(exchange(url, body, timeout, {}, wanted="scores", where="rewards: http"), count), ""
+        except PassingError as error:
             last = error
-        except urllib.error.HTTPError as error:
-            last = _status(url, error)
-        except (OSError, http.client.HTTPException) as error:  # no connection, a broken one, or silence
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            last = _PassingError(f"{type(error).__name__}: {reason}")
     return [None] * count if last.scores is None else last.scores, str(last)
 
 
-def _status(url: str, error: urllib.error.HTTPError) -> _PassingError:
+def pause(again: int) -> None:
+    """Wait before a further try, longer each time; `again` counts them, 0 being the first try of all."""
+    if again:
+        time.sleep(min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE))
+
+
+def exchange(url: str, body: bytes, timeout: float, headers: Mapping[str, str], *, wanted: str, where: str) -> bytes:
+    """One try: the body of a good answer. PassingError is worth another, ServiceError is the end.
+
+    wanted, where: for messages, what was asked for and which part of the recipe asks.
+    """
+    try:
+        return _post(url, body, timeout, headers)
+    except urllib.error.HTTPError as error:
+        raise _status(url, error, wanted, where) from None
+    except (OSError, http.client.HTTPException) as error:  # no connection, a broken one, or silence
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise PassingError(f"{type(error).__name__}: {reason}") from None
+
+
+def _status(url: str, error: urllib.error.HTTPError, wanted: str, where: str) -> PassingError | ServiceError:
     """A status that may pass, or the end."""
     text = ""
     with error, suppress(OSError, http.client.HTTPException):
         text = error.read(200).decode("utf-8", "replace").strip()
     said = f"{error.code} {error.reason}" + (f", {text!r}" if text else "")
     if error.code == 429 or error.code >= 500:
-        return _PassingError(f"it answered {said}")
+        return PassingError(f"it answered {said}")
     location = error.headers["Location"]
     refused = "The service refuses what it is asked: see that it takes what is posted, at this address."
-    raise ServiceError(
-        f"expected scores, found {said}" + (f", sent on to {location}" if location else ""),
-        where=f"rewards: http: {_shown(url)}",
+    return ServiceError(
+        f"expected {wanted}, found {said}" + (f", sent on to {location}" if location else ""),
+        where=f"{where}: {shown(url)}",
         fix="Write that address in `url`: redirects are not followed." if location else refused,
     )
 
 
-def _post(url: str, body: bytes, timeout: float) -> bytes:
+def _post(url: str, body: bytes, timeout: float, headers: Mapping[str, str]) -> bytes:
     """The body of a good answer, read within `timeout` seconds and MAX_BYTES."""
     deadline = time.monotonic() + timeout
-    headers = {"Content-Type": "application/json", "Accept": "application/json"}
-    request = urllib.request.Request(url, body, headers, method="POST")
+    known = {"Content-Type": "application/json", "Accept": "application/json"}
+    request = urllib.request.Request(url, body, {**known, **headers}, method="POST")
     answer = b""
     with _OPENER.open(request, timeout=timeout) as response:
         while chunk := response.read1(_CHUNK):
             answer += chunk
             if len(answer) > MAX_BYTES:
-                raise _PassingError(f"it answered with more than {MAX_BYTES:,} bytes")
+                raise PassingError(f"it answered with more than {MAX_BYTES:,} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no whole answer within {timeout:g} s")
     return answer
@@ -163,16 +177,16 @@ def _scores(answer: bytes, count: int) -> Column:
     try:
         found = json.loads(answer)
     except (ValueError, RecursionError):
-        raise _PassingError(f"expected JSON, found {_beginning(answer)}") from None
+        raise PassingError(f"expected JSON, found {_beginning(answer)}") from None
     scores = found["scores"] if isinstance(found, dict) and "scores" in found else None
     if not isinstance(scores, list):
-        raise _PassingError(f'expected {{"scores": [...]}}, found {_beginning(answer)}')
+        raise PassingError(f'expected {{"scores": [...]}}, found {_beginning(answer)}')
     if len(scores) != count:
-        raise _PassingError(f"expected {count} scores, found {len(scores)}")
+        raise PassingError(f"expected {count} scores, found {len(scores)}")
     column = [_number(score) for score in scores]
     bad = [score for score, number in zip(scores, column, strict=True) if number is None and score is not None]
     if bad:
-        raise _PassingError(f"expected finite numbers, found {str(bad[0])[:60]}", column)
+        raise PassingError(f"expected finite numbers, found {str(bad[0])[:60]}", column)
     return column
 
 
@@ -189,7 +203,7 @@ def _beginning(answer: bytes) -> str:
     return repr(answer[:60].decode("utf-8", "replace"))
 
 
-def _shown(url: str) -> str:
+def shown(url: str) -> str:
     """An address without its query, which may hold a key."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc, parts.path, "", ""))

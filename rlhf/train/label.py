@@ -1,4 +1,4 @@
-"""`rlhf label`: a policy answers, the recipe's rewards score, and answers to the same prompt become preference pairs.
+"""`rlhf label`: a policy answers, rewards or a judge score, and answers to the same prompt become preference pairs.
 
 A step is a slice of the prompts. Its answers are appended to answers.jsonl, which is all that a stage needs to go on;
 pairs.jsonl, best.jsonl and lists.jsonl are written at the end, from the whole of it. Prompts that are sampled together,
@@ -7,7 +7,6 @@ and their seeds, depend on the recipe alone: all bytes are the same on any numbe
 
 from __future__ import annotations
 
-import itertools
 import json
 import logging
 import math
@@ -25,16 +24,18 @@ from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import DataError, UserError
 from rlhf.recipe.stages import LabelBlock, LabelRecipe
+from rlhf.rewards import verdicts
 from rlhf.rewards.scorer import Scorer
 from rlhf.run import commit
 from rlhf.run.stage import StageDir
 from rlhf.train import roles, scorers
 from rlhf.train.guards import check_scored
 from rlhf.train.job import Job
+from rlhf.train.judge import Judge, judge
 from rlhf.train.loop import Collected, Stage
 from rlhf.train.pairing import Row, best_of_n, best_rows, list_rows, pair_rows
 from rlhf.train.parts import sampler
-from rlhf.train.rollout import Sampler, generate
+from rlhf.train.rollout import Sampler, generate, in_turns
 from rlhf.train.seeding import derive
 
 logger = logging.getLogger("rlhf.label")
@@ -51,7 +52,8 @@ class LabelCollector:
     prompts: list[PromptExample]
     sampler: Sampler
     policy: Engine
-    scorer: Scorer
+    scorer: Scorer | None  # one of scorer and judge
+    judge: Judge | None
     folder: StageDir
 
     @property
@@ -69,15 +71,11 @@ class LabelCollector:
         places = list(range(step * self.label.batch, min((step + 1) * self.label.batch, len(self.prompts))))
         size = self.label.prompts_together()
         batches = [places[i : i + size] for i in range(0, len(places), size)]
-        turns = math.ceil(len(batches) / dist.world_size())
-        mine: list[Row] = []
         with self.policy.gathered() as policy:
-            for turn in range(turns):  # equally many on every rank: sharded models are called in step
-                number = turn * dist.world_size() + dist.rank()
-                batch = batches[min(number, len(batches) - 1)]
-                rows = self.answer(policy, batch, size)
-                mine += rows if number < len(batches) else []
-        answers = sorted(itertools.chain.from_iterable(dist.gather_objects(mine)), key=lambda row: row["place"])
+            found = in_turns(batches, lambda batch: self.answer(policy, batch, size))
+        answers = sorted(found, key=lambda row: row["place"])
+        if self.judge is not None:
+            answers = self.judge(answers, step)
         check_scored(sum(row["score"] is not None for row in answers), len(answers), step)
         if dist.is_main():
             for row in answers:
@@ -94,14 +92,15 @@ class LabelCollector:
         examples = [self.prompts[place] for place in filled]
         ask = partial(generate, policy, examples, seeds, self.recipe.sampling, self.sampler)
         rollout = dist.agreed(ask)
-        found = self.scorer(rollout)
+        found = None if self.scorer is None else self.scorer(rollout)
         lengths, widths = rollout.response_mask.sum(-1).tolist(), rollout.attention.sum(-1).tolist()
         rows = []
         for i in range(len(places) * self.label.answers):
             place, number = divmod(i, self.label.answers)
             example = examples[place]
             # A NUL is text that no reader of rows takes: such an answer cannot be compared.
-            score = None if "\0" in rollout.texts[i] else known(float(found.total[i]))
+            score = None if found is None or "\0" in rollout.texts[i] else known(float(found.total[i]))
+            scores = {} if found is None else {name: known(float(part[i])) for name, part in found.parts.items()}
             rows.append(
                 {
                     "place": (places[place], number),
@@ -110,7 +109,7 @@ class LabelCollector:
                     "prompt": example.fields["messages"],
                     "answer": rollout.texts[i],
                     "score": score,
-                    "scores": {name: known(float(values[i])) for name, values in found.parts.items()},
+                    "scores": scores,
                     "finished": bool(rollout.finished[i]),
                 }
             )
@@ -131,6 +130,7 @@ class LabelCollector:
             "label/equal_texts": float(left_out["equal_texts"]),
             "label/too_few_scored": float(left_out["too_few_scored"]),
             "label/unfinished": float(left_out["unfinished"]),
+            **verdicts.metrics(answers),
         }
         if best := best_rows(answers, self.label):
             metrics["label/best_score"] = statistics.fmean(row["score"] for row in best)
@@ -165,8 +165,9 @@ def collector(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt
     assert isinstance(recipe, LabelRecipe)
     policy = roles.frozen_policy(job, tokenizer)
     ask = sampler(policy, tokenizer, recipe.sampling)
-    labeller = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=None)
-    return LabelCollector(recipe, prompts, ask, policy, labeller, job.folder)
+    asked = judge(job, tokenizer, policy) if recipe.judge is not None else None
+    labeller = None if asked else scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=None)
+    return LabelCollector(recipe, prompts, ask, policy, labeller, asked, job.folder)
 
 
 def to_stage(source: LabelCollector, report: Callable[[int, str, float | None], None]) -> Stage:
@@ -228,6 +229,9 @@ def publish(source: LabelCollector) -> None:
         "left_out": dict(sorted(left_out.items())),
         "best_of_n": best_of,
     }
+    if source.judge is not None:
+        facts["judge"] = dict(sorted(verdicts.counted(answers).items()))
+        logger.info("judge: %s; %d replies asked for, %d cached", facts["judge"], *source.judge.cache.counts.values())
     folder.publish("data", facts, source.steps, plain_files=[*made, folder.answers])
 
 

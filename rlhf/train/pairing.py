@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf.algo.selection import bon_expected, bon_kl, rejection_sample, win_rates
 from rlhf.recipe.stages import LabelBlock
+from rlhf.rewards import verdicts
 from rlhf.train.seeding import derive
 
 Row = dict[str, Any]
@@ -115,7 +116,11 @@ def pair_rows(answers: Sequence[Row], label: LabelBlock, first: int = 0) -> tupl
     rows: list[Row] = []
     left_out: Counter[str] = Counter()
     for group in groups_of(answers, label, first):
-        pairs, reasons = compare(group, label)
+        if label.pairs == "all" and "comparisons" in group.rows[0]:
+            takes_part = [i for i, row in enumerate(group.rows) if verdicts.takes_part(row, label.unfinished)]
+            pairs, reasons = verdicts.decided_pairs(group.rows, takes_part, label.min_margin)
+        else:
+            pairs, reasons = compare(group, label)
         left_out += reasons + Counter(unfinished=group.dropped)
         rates = win_rates(as_tensor(group.scores)).tolist()
         for better, worse in pairs:
@@ -131,6 +136,7 @@ def pair_rows(answers: Sequence[Row], label: LabelBlock, first: int = 0) -> tupl
                     "score_rejected": low,
                     "win_rate_chosen": rates[better],
                     "win_rate_rejected": rates[worse],
+                    **verdicts.judged_columns(group.rows, better, worse),
                     "row": group.rows[0]["row"],
                 }
             )

@@ -6,11 +6,13 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 
 from rlhf.data import chat
 from rlhf.data.examples import Loaded, PromptExample
+from rlhf.engine import dist
 from rlhf.errors import CheckpointError, DataError, RecipeError
 from rlhf.models.build import has_score_head, max_positions
 from rlhf.models.load import read_config
 from rlhf.models.statistics import read_statistics
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer
+from rlhf.recipe.judge_options import EndpointBlock
 from rlhf.recipe.reward_options import (
     ExactReward,
     FunctionReward,
@@ -21,7 +23,8 @@ from rlhf.recipe.reward_options import (
 )
 from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.schema import ModelRef
-from rlhf.recipe.stages import GRPORecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import GRPORecipe, LabelRecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
+from rlhf.rewards.chat_service import check_service
 from rlhf.rewards.http import check_reachable
 from rlhf.rewards.rules import RULES
 from rlhf.rewards.user_code import load_function
@@ -136,7 +139,7 @@ def check_tokens(
 
 
 def check_rewards(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[PromptExample]) -> None:
-    """The reward files load, addresses are reachable, templates take the prompts, and reference answers are there."""
+    """Reward files load, addresses are reachable, templates take the prompts, and reference answers are there."""
     for key, spec in named_rewards(job.recipe):
         if isinstance(spec, (FunctionReward, ProcessReward)):
             load_function(spec.function)
@@ -151,6 +154,8 @@ def check_rewards(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[Pr
                     rule([example.fields], [""])
                 except DataError as error:
                     raise DataError(error.what, where=example.where, fix=error.fix) from None
+    if isinstance(job.recipe, LabelRecipe) and isinstance(job.recipe.judge, EndpointBlock) and dist.is_main():
+        check_service(job.recipe.judge)  # which rank 0 asks for all
 
 
 def check_rendering(

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from rlhf.batch import Rollout
 from rlhf.data import collate
 from rlhf.data.examples import PromptExample
+from rlhf.engine import dist
 from rlhf.models import sample
+
+Batch, Result = TypeVar("Batch"), TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -36,6 +41,20 @@ def generate(policy: Any, prompts: list[PromptExample], seeds: list[int], sampli
         seeds=seeds,
         decode=sampler.decode,
     )
+
+
+def in_turns(batches: Sequence[Batch], work: Callable[[Batch], list[Result]]) -> list[Result]:
+    """The results of all batches, on every rank. The ranks take turns.
+
+    Every rank works equally often, since sharded models are called in step: where a turn has no batch left for a rank,
+    it works on the last one, whose further results are dropped.
+    """
+    mine: list[Result] = []
+    for turn in range(math.ceil(len(batches) / dist.world_size())):
+        number = turn * dist.world_size() + dist.rank()
+        found = work(batches[min(number, len(batches) - 1)])
+        mine += found if number < len(batches) else []
+    return list(itertools.chain.from_iterable(dist.gather_objects(mine)))
 
 
 def join_rollouts(parts: list[Rollout], pad_id: int) -> Rollout:

@@ -13,6 +13,7 @@ import pytest
 from rlhf.data.demo import (
     CAP,
     FLOOR,
+    JUDGE_TEMPLATE,
     SOFTNESS,
     DemoSizes,
     bayes_accuracy,
@@ -24,12 +25,24 @@ from rlhf.data.demo import (
     optimum,
     pairs,
     preference,
+    reasons,
+    score_of,
     sentiment,
     write_demo_data,
 )
 from rlhf.data.grammar import go_on, parses, render, tokenize
 
-SMALL = DemoSizes(sft=300, pairs=300, prompts=200, eval_prompts=100, eval_pairs=150, lists=200, eval_lists=50)
+SMALL = DemoSizes(
+    sft=300,
+    pairs=300,
+    prompts=200,
+    eval_prompts=100,
+    eval_pairs=150,
+    lists=200,
+    eval_lists=50,
+    judgements=300,
+    eval_judgements=100,
+)
 PROMPT = "we saw this western at the festival"
 
 
@@ -170,7 +183,14 @@ def test_files(tmp_path):
     paths = write_demo_data(tmp_path / "a", 5, SMALL)
     again = write_demo_data(tmp_path / "b", 5, SMALL)
     other = write_demo_data(tmp_path / "c", 6, SMALL)
-    keys = {"sft": {"prompt", "completion"}, "prompts": {"prompt"}, "eval_prompts": {"prompt"}}
+    answered = {"prompt", "completion"}
+    keys = {
+        "sft": answered,
+        "judgements": answered,
+        "eval_judgements": answered,
+        "prompts": {"prompt"},
+        "eval_prompts": {"prompt"},
+    }
     keys |= {name: {"prompt", "answers", "scores"} for name in ("lists", "eval_lists")}
     for name, path in paths.items():
         rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -178,11 +198,11 @@ def test_files(tmp_path):
         assert len(rows) == vars(SMALL)[name] == len(set(map(str, rows)))
         assert rows == demo_rows(name, 5, SMALL)
         assert all(row.keys() == (keys[name] if name in keys else {"prompt", "chosen", "rejected"}) for row in rows)
-    assert paths.keys() == {"sft", "pairs", "prompts", "eval_prompts", "eval_pairs", "lists", "eval_lists"}
+    assert paths.keys() == {*keys, "pairs", "eval_pairs"}
 
 
 def test_held_out_prompts_are_in_no_training_file():
-    for name in vars(SMALL):
+    for name in (name for name in vars(SMALL) if not name.endswith("judgements")):
         for seed in (0, 1):
             prompts = {row["prompt"] for row in demo_rows(name, seed, SMALL)}
             assert all(held_out(prompt) == name.startswith("eval_") for prompt in prompts)
@@ -193,3 +213,31 @@ def test_prompt_and_completion_make_a_review():
         assert parses(row["prompt"] + row["completion"])
         assert join(row["prompt"], row["completion"]) == row["prompt"] + row["completion"]
         assert 4 <= len(tokenize(row["prompt"])) <= 9
+
+
+@pytest.mark.parametrize(
+    ("gold", "score"),
+    [(-4.0, 0), (-2.67, 0), (-2.66, 1), (-1.0, 2), (0.0, 3), (1.4, 4), (2.66, 4), (2.67, 5), (4.0, 5)],
+)
+def test_scores_are_six_equal_parts_of_the_gold_reward(gold, score):
+    assert score_of(gold) == score
+
+
+def test_a_judgement_gives_a_sign_per_word_that_counts_and_the_score():
+    assert reasons("we saw this western at the club in may, and the cast was not sharp, but i loved the plot.") == "- +"
+    assert reasons("we saw this western at the club in may, and the cast was sharp and the.") == "?"
+    assert reasons("we saw this western at the club in may, and the cast was quiet.") == "0"
+
+
+def test_judgements_are_of_reviews_on_their_own_side():
+    for name in ("judgements", "eval_judgements"):
+        rows = demo_rows(name, sizes=SMALL)
+        for row in rows:
+            text = row["prompt"].removeprefix(JUDGE_TEMPLATE.partition("{")[0]).removesuffix("\n")
+            said, _, score = row["completion"].rpartition(" Score: ")
+            assert said == reasons(text)
+            first, _, rest = text.partition(" ")
+            assert int(score) == score_of(gold_reward(first, rest))
+        assert {row["completion"][-1] for row in rows} == set("012345")
+    both = [{row["prompt"] for row in demo_rows(name, sizes=SMALL)} for name in ("judgements", "eval_judgements")]
+    assert not both[0] & both[1]

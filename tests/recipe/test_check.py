@@ -9,6 +9,7 @@ import pytest
 
 from rlhf.recipe import check
 from rlhf.recipe.check import DEVICE_RULES, RULES, check_recipe, looks_local
+from rlhf.recipe.judge_rules import JUDGE_RULES
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.preference_rules import PREFERENCE_RULES
@@ -184,7 +185,7 @@ def test_every_rule_is_documented_and_in_use() -> None:
     helpers = {"check_recipe", "one_source", "revision", "trained_zero", "frozen_zero", "looks_local"}
     helpers |= {"missing_files", "missing_data", "closest", "named_rewards", "sources", "merged_models"}
     functions = {name for name, f in inspect.getmembers(check, inspect.isfunction) if not name.startswith("_")}
-    elsewhere = {rule.__name__ for rule in (*POLICY_RULES, *PREFERENCE_RULES)}
+    elsewhere = {rule.__name__ for rule in (*POLICY_RULES, *PREFERENCE_RULES, *JUDGE_RULES)}
     assert functions - helpers - {"dataclass"} == rules() - elsewhere
     assert all(getattr(check, name).__doc__ for name in functions)
 

@@ -92,8 +92,7 @@ def test_json_schema_is_closed_and_speaks_yaml_names(stage: str) -> None:
     schema = json_schema(stage)
     text = json.dumps(schema)
     assert "from_" not in text and "oneOf" not in text and "discriminator" not in text
-    needed = ["base", "models"] if stage == "merge" else ["model", "data"]
-    assert schema["required"] == [*needed, *(["rewards"] if stage == "label" else [])]
+    assert schema["required"] == (["base", "models"] if stage == "merge" else ["model", "data"])
     assert set(schema["properties"]) == set(options(RECIPES[stage]))
     for block in blocks(schema):
         assert block["additionalProperties"] is False
