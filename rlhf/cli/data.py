@@ -12,7 +12,6 @@ from rich.console import Console
 from rlhf.errors import RecipeError
 from rlhf.models.folder import ADAPTER_CONFIG, check_model_folder
 from rlhf.recipe.schema import FilterBlock
-from rlhf.recipe.stages import RECIPES
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import data_kind
 
@@ -31,15 +30,9 @@ class DataCommand:
 
 def report_data(command: DataCommand) -> None:
     """Check the recipe and its rows as for training, then measure and print."""
-    from rlhf.cli.prepare import check_rows, prepare
+    from rlhf.cli.prepare import check_rows, data_stage, prepare
 
-    stage = command.stage or command.recipe.stem
-    if stage not in RECIPES:
-        raise RecipeError(
-            f"expected a recipe named after its stage, found {command.recipe.name}",
-            where=str(command.recipe),
-            fix=f"Say which it is: --stage {' | '.join(RECIPES)}",
-        )
+    stage = data_stage(command.recipe, command.stage)
     run = RunDir(command.run or Path("runs/data"))
     job, _ = prepare(stage, command.recipe, run, overrides=command.overrides, allowed_code=[])
     kind = data_kind(job.recipe)

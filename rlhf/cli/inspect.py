@@ -10,8 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from rlhf.errors import CheckpointError, RecipeError
-from rlhf.recipe.stages import RECIPES
+from rlhf.errors import CheckpointError
 from rlhf.run.rundir import RunDir, StageSummary
 
 out = Console(highlight=False)
@@ -60,16 +59,10 @@ def _row(stage: StageSummary) -> list[str]:
 
 def show_data(path: Path, stage: str | None, run: Path | None, overrides: list[str], count: int) -> None:
     """Tokens of the first rows, coloured by what is trained."""
-    from rlhf.cli.prepare import prepare
+    from rlhf.cli.prepare import data_stage, prepare
     from rlhf.train.job import data_kind
 
-    stage = stage or path.stem
-    if stage not in RECIPES:
-        raise RecipeError(
-            f"expected a recipe named after its stage, found {path.name}",
-            where=str(path),
-            fix=f"Say which it is: --stage {' | '.join(RECIPES)}",
-        )
+    stage = data_stage(path, stage)
     job, _ = prepare(stage, path, RunDir(run or Path("runs/show")), overrides=overrides, allowed_code=[])
     from rlhf.data.show import show
     from rlhf.train.tokenizers import find_tokenizer

@@ -11,7 +11,7 @@ from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.reward_options import FunctionReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards
-from rlhf.recipe.stages import AnyRecipe, Recipe
+from rlhf.recipe.stages import RECIPES, AnyRecipe, Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import (
@@ -24,6 +24,18 @@ from rlhf.train.job import (
     same_tokens_fix,
     with_paths,
 )
+
+
+def data_stage(recipe: Path, stage: str | None) -> str:
+    """The stage whose data a command looks at: the one that was named, else the one that the recipe is named after."""
+    reading = [name for name, each in RECIPES.items() if issubclass(each, Recipe)]
+    if (stage or recipe.stem) in reading:
+        return stage or recipe.stem
+    raise RecipeError(
+        f"expected a recipe named after a stage that reads data, found {stage or recipe.name}",
+        where=str(recipe),
+        fix=f"Say which it is: --stage {' | '.join(reading)}",
+    )
 
 
 def prepare(
