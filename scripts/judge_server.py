@@ -136,9 +136,15 @@ def handler(settings: Settings) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
-def make_server(settings: Settings, port: int) -> ThreadingHTTPServer:
+class JudgeServer(ThreadingHTTPServer):
+    """Lets as many wait for a connection as a judge may have requests under way."""
+
+    request_queue_size = 256
+
+
+def make_server(settings: Settings, port: int) -> JudgeServer:
     """A server on this machine that is not started yet; port 0 takes a free one."""
-    return ThreadingHTTPServer(("127.0.0.1", port), handler(settings))
+    return JudgeServer(("127.0.0.1", port), handler(settings))
 
 
 def main() -> None:

@@ -228,7 +228,7 @@ def test_questions_that_do_not_fit_into_the_policy_are_counted(cli, tiny):
         ("no_choices", "unparsable", '{"choices": []}'),
         ("nonsense", "unparsable", "Both answers have their merits."),
         ("error", "missing", "503 Service Unavailable, 'overloaded'"),
-        ("silence", "missing", "timed out"),
+        ("silence", "missing", "TimeoutError"),
     ],
 )
 def test_a_service_that_misbehaves_now_and_then_is_counted_and_then_refused(cli, tiny, service, fault, reason, came):
@@ -299,6 +299,14 @@ def test_a_stage_killed_in_the_middle_of_a_step_asks_only_for_the_rest(cli, tiny
     assert kept.count(b"\n") > 40 and len(service.asked) - asked == lines.count(b"\n") - kept.count(b"\n")
     straight = label(cli, tiny, "straight", judge)
     assert straight.code == 0 and content(tiny, "killed") == content(tiny, "straight")
+
+
+def test_answers_that_were_cut_off_are_not_judged(cli, tiny, service):
+    options = ["--set", "label.unfinished=drop", "--set", "sampling.max_new_tokens=1", "--set", "data.limit=8"]
+    for kind in ("pairwise", "rubric"):
+        done = label(cli, tiny, f"cut-{kind}", service.block(kind), *options)
+        assert done.code == 5 and "judge: expected answers to judge in step 1, found none among 32" in done.err
+    assert not service.asked
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

@@ -149,8 +149,8 @@ class SourceBlock(Block):
     )
     path: str | None = Field(
         None,
-        description="file, folder of data files, save_to_disk folder, hub id, or demo:sft, demo:pairs, demo:lists, "
-        "demo:prompts",
+        description="file, folder of data files, save_to_disk folder, hub id, or demo:sft, demo:pairs, demo:lists,"
+        " demo:prompts, demo:judgements",
     )
     name: str | None = Field(None, description="configuration of a hub dataset")
     split: str = Field("train", description="split of a hub dataset or save_to_disk folder")

@@ -144,6 +144,18 @@ def check_scored(scored: int, answers: int, step: int) -> None:
         )
 
 
+def check_judged(scored: int, answers: int, step: int) -> None:
+    """Refuse a step in which a judge had nothing to say anything about."""
+    if not scored:
+        raise NumericsError(
+            f"expected answers to judge in step {step + 1}, found none among {answers}: they were cut off, or all"
+            " answers to a prompt are the same text",
+            where="judge",
+            fix="Raise sampling.max_new_tokens or sampling.temperature, or have what was cut off judged too:"
+            " label.unfinished=keep.",
+        )
+
+
 def check_counts(counts: Mapping[str, float], step: int, index: int) -> None:
     """Refuse an optimizer step whose mean would be taken over nothing."""
     for name, count in counts.items():

@@ -29,7 +29,7 @@ from rlhf.rewards.scorer import Scorer
 from rlhf.run import commit
 from rlhf.run.stage import StageDir
 from rlhf.train import roles, scorers
-from rlhf.train.guards import check_scored
+from rlhf.train.guards import check_judged, check_scored
 from rlhf.train.job import Job
 from rlhf.train.judge import Judge, judge
 from rlhf.train.loop import Collected, Stage
@@ -76,7 +76,8 @@ class LabelCollector:
         answers = sorted(found, key=lambda row: row["place"])
         if self.judge is not None:
             answers = self.judge(answers, step)
-        check_scored(sum(row["score"] is not None for row in answers), len(answers), step)
+        check = check_scored if self.judge is None else check_judged
+        check(sum(row["score"] is not None for row in answers), len(answers), step)
         if dist.is_main():
             for row in answers:
                 commit.append_jsonl(self.folder.answers, {k: v for k, v in row.items() if k not in ("place", "tokens")})
