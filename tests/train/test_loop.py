@@ -52,6 +52,7 @@ class Squares:
 
     engine: Engine
     group: str = "policy"
+    optional: frozenset[str] = frozenset()
     weight: float = 1.0
     moved: list[float] = field(default_factory=list)
     optim: OptimBlock = OPTIM
