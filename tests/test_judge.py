@@ -153,7 +153,7 @@ def test_a_rubric_gives_every_answer_the_mean_of_its_votes(cli, tiny, service):
     assert len({posted["seed"] for posted in service.asked}) == 2, "votes are draws of their own"
     assert len(service.asked) == 2 * len({(row["row"], row["answer"]) for row in judged})
     assert all("comparisons" not in row for row in answers)
-    assert all("win_rate_chosen" not in row for row in tiny.rows("rated", FILES[1]))
+    assert all("share_chosen" not in row for row in tiny.rows("rated", FILES[1]))
 
 
 SELF = {

@@ -165,7 +165,7 @@ def test_sft_learns_from_the_best_answers(labelled, cli):
     assert done.code == 0, done.err
     provenance = json.loads((labelled.root / "sft-best" / "provenance.json").read_text())
     (source,) = provenance["data"]["sources"]
-    assert source["path"] == str(labelled.root / "label" / "best.jsonl") and source["format"] == "prompt_completion"
+    assert source["path"] == str(labelled.root / "label" / "best.jsonl") and source["format"] == "scored"
     assert source["read"] == source["kept"] == len(labelled.rows("label", "best.jsonl"))
     assert {parent["stage"] for parent in provenance["parents"]} == {"sft", "label"}
 
