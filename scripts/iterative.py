@@ -143,10 +143,21 @@ def difference(seeds: Sequence[dict[str, Point]]) -> str:
     gains = [last.gold - once.gold for last, once in both]
     mean, error = statistics.fmean(gains), statistics.stdev(gains) / len(gains) ** 0.5
     extra = statistics.fmean(last.kl - once.kl for last, once in both)
-    return (
+    parts = [
         f"Seed by seed, the last iterate is {mean:+.2f} ± {error:.2f} (standard error over {len(both)} seeds) above"
         f" one-shot in gold reward, at {extra:+.1f} nats of KL."
+    ]
+    gaps = {}
+    for name in ITERATED[:-1]:
+        pairs = [(seed[name], seed["one-shot"]) for seed in seeds if {name, "one-shot"} <= seed.keys()]
+        gaps[name] = [statistics.fmean(getattr(a, k) - getattr(b, k) for a, b in pairs) for k in ("gold", "kl")]
+    nearest = min(gaps, key=lambda name: abs(gaps[name][1]))
+    gold, kl = gaps[nearest]
+    parts.append(
+        f"The earlier iterate that is nearest to one-shot in KL, `{nearest}`, has {gold:+.2f} of gold reward beside it"
+        f" at {kl:+.1f} nats, from {ITERATED.index(nearest) + 1}/{SHARDS} of the data."
     )
+    return " ".join(parts)
 
 
 def draw(seeds: Sequence[dict[str, Point]], path: Path) -> None:
