@@ -174,14 +174,11 @@ def names(registry: Registry, *skip: str) -> list[str]:
 
 
 def registered() -> list[tuple[str, str]]:
+    """Losses on judged answers are in tests/test_preferences.py."""
     from rlhf.algo.kl import KL_ESTIMATORS
-    from rlhf.algo.preference import PREFERENCE_LOSSES
-    from rlhf.algo.reward_model import REWARD_LOSSES
     from rlhf.algo.schedules import SCHEDULES
 
-    chosen = [("dpo", f"loss={{name: {name}}}") for name in names(PREFERENCE_LOSSES, "dpo")]
-    chosen += [("rm", f"loss={{name: {name}}}") for name in names(REWARD_LOSSES, "rm_bt")]
-    chosen += [("ppo", f"kl.estimator={name}") for name in names(KL_ESTIMATORS, "k1")]
+    chosen = [("ppo", f"kl.estimator={name}") for name in names(KL_ESTIMATORS, "k1")]
     chosen += [("grpo", f"kl.estimator={name}") for name in names(KL_ESTIMATORS, "k1", "k3")]
     chosen += [("sft", f"train.schedule={name}") for name in names(SCHEDULES, "cosine")]
     return [*chosen, ("grpo", "aggregation=token_mean"), ("sft", "train.optimizer=sgd")]
