@@ -49,9 +49,46 @@ from scripts.make_docs import table
 PAGE = ROOT / "docs" / "preferences.md"
 ENOUGH = 0.75  # accuracy below which the table owes a reason
 LISTS = ("data={path: demo:lists, eval: {path: demo:eval_lists}, max_length: 96}",)
-SCORED = ("data={from: label, eval: {path: demo:eval_pairs}, max_length: 96}", "data.eval_rows=0")
+SCORED = ("data={from: label, limit: 6000, eval_rows: 500, max_length: 96}",)
+_NEAR_SFT = (
+    "its likelihood term keeps the policy near SFT, and the score is the log-prob itself, of which SFT's says little;"
+    " the log-ratio to SFT, in the next column, has learned more"
+)
+_DRIFTS = "every pair keeps pushing, and the policy drifts from SFT (KL) further than it learns to rank"
 # Why a loss is below that on this task with its default options, beside its figure.
-REASONS: dict[str, str] = {}
+REASONS = {
+    "tdpo1": "its KL term holds back the chosen answer as well; tdpo2, which halves it, does better",
+    "f_dpo": "the Jensen-Shannon default damps raising the chosen answer and not lowering the rejected one",
+    "ipo_avg": "tau 0.1 asks for a margin of 5 nats per token, out of reach here: it goes far for little",
+    "dpop": "lam 50 is meant for large models: the penalty outweighs the preference, and hardly anything moves (KL)",
+    "beta_dpo": "outlying pairs, here the clearest ones, are dropped, and what is left is pushed on (KL)",
+    "aot": "it compares the distributions of chosen and rejected answers, not the two answers to one prompt",
+    "pair_logistic": "near ties of the noisy scores count like clear differences",
+    "lipo_lambda": "ranks by the policy's own scores weigh the pairs, all equal at first, and beta 0.05 lets it drift",
+    "exo_rw": "beta_r 0.1 puts all weight on the best of the noisy scores: it learns the noise",
+    "d2o": "it is told the worst answer and takes the others for equal: it learns to avoid, not to rank",
+    "rso_hinge": f"gamma 0.05 asks for a margin of 20 nats: {_DRIFTS}",
+    "exo_pref": f"label_smoothing 0.001 asks for a margin of 69 nats: {_DRIFTS}",
+    "sppo_hard": f"beta 0.001 asks for log-ratios of 500 nats: {_DRIFTS}",
+    "sppo": f"beta 0.001 asks for log-ratios of hundreds of nats: {_DRIFTS}",
+    "apo_zero": f"nothing but the sigmoids' flat ends stops it: {_DRIFTS}",
+    "apo_zero_unpaired": f"nothing but the sigmoids' flat ends stops it: {_DRIFTS}",
+    "apo_down": "it lowers the chosen answers too, which is right where the policy's own are better, not here",
+    "discopop": "its gradient has the wrong sign around a margin of 0, where training starts",
+    "simpo": "no reference holds it, and its score is the log-prob per token, of which SFT's says little",
+    "slic_hf": "two answers differ by more than its margin of 1 nat anyway: most pairs never have a gradient",
+    "unlikelihood_token": "it pushes every token of the rejected answer down, those of good reviews among them",
+    "pairwise_cringe": "it pushes tokens of the rejected answer down, those of good reviews among them",
+    "cringe": "it pushes tokens of bad answers down, those of good reviews among them",
+    "npo": "it sees only bad answers and pushes them down; nothing says what is better",
+    "dno": "its labels are soft: win probabilities of the reward model, on pairs that are much alike",
+    "dpo_reward_margin": "it learns from pairs of the SFT model's own answers, fewer and more alike than the demo's",
+    "dro_v": "tau 1 makes each log-ratio worth a reward of one deviation: it hardly moves (KL)",
+    "bco": "answers taken apart: what makes one prompt's answers better than another's is noise to it",
+    "kto": "answers taken apart: what makes one prompt's answers better than another's is noise to it",
+    "aot_unpaired": "it compares the distributions of good and bad answers, not the two answers to one prompt",
+    **dict.fromkeys(("orpo", "cpo", "preferred_ft", "unlikelihood_seq", "rrhf", "pro"), _NEAR_SFT),
+}
 
 
 def blocks() -> dict[str, tuple[type[LossBlock], Entry]]:
@@ -91,6 +128,7 @@ class Verdict:
 
     accuracy: float  # of the implicit reward, against the gold order of held-out pairs
     accuracy_se: float
+    ratio_accuracy: float  # the same of the log-ratio to SFT, whatever the loss's implicit reward is
     gold: float  # of one answer to each held-out prompt
     gold_se: float
     kl: float  # to SFT, nats per answer
@@ -158,6 +196,7 @@ def verdict(run: Path, name: str) -> Verdict:
     return Verdict(
         right.mean,
         right.se,
+        estimate(((found - ref)[:, 0] > (found - ref)[:, 1]).double().tolist()).mean,
         scores.gold.mean,
         scores.gold.se,
         estimate(answers.kl).mean,
@@ -186,7 +225,17 @@ def judged(run: Path, names: Sequence[str], jobs: int) -> dict[str, Verdict]:
 
 # --- the page --------------------------------------------------------------------------------------------------------
 
-HEADER = ("loss", "learns from", "accuracy", "gold reward", "KL to SFT", "words", "both fell", "seconds")
+HEADER = (
+    "loss",
+    "learns from",
+    "accuracy",
+    "of log-ratio",
+    "gold reward",
+    "KL to SFT",
+    "words",
+    "both fell",
+    "seconds",
+)
 TEXT = """\
 <!-- Made by `python -m scripts.preferences`: run that again, with --table-only where nothing is to be trained. -->
 # Preference losses on the demo task
@@ -202,12 +251,12 @@ beta or learning rate here.
 answers to each prompt; `scored pairs`: pairs of the SFT model's own answers, scored by the reward model (`rlhf label`).
 - **accuracy** ± standard error: how often the implicit reward has the held-out pairs in the order of the gold reward. \
 Losses without a reference are judged by their log-probs, as they are trained: the SFT model's own log-probs have \
-{sft:.3f}.
+{sft:.3f}. **of log-ratio**: the same of the log-ratio to SFT, which every policy has.
 - **gold reward** ± standard error: of one answer to each of {prompts} held-out prompts, which no stage has seen.
 - **KL to SFT**: nats per answer. **words**: mean length of an answer.
 - **both fell**: share of the held-out pairs of which both answers are less likely than under SFT: likelihood \
 displacement.
-- **seconds**: of the stage, on one thread beside another one.
+- **s**: seconds of the stage, on one thread beside another one.
 
 {reasons}
 """
@@ -216,10 +265,10 @@ displacement.
 def page(found: dict[str, Verdict]) -> str:
     """docs/preferences.md."""
     known = blocks()
-    lines = [("SFT", "", *cells(found["sft"])[0:1], *cells(found["sft"])[1:])]
+    lines = [("SFT", "", *cells(found["sft"]))]
     lines += [(f"`{name}`", source(*known[name]), *cells(each)) for name, each in found.items() if name != "sft"]
     low = [name for name, each in found.items() if name != "sft" and each.accuracy < ENOUGH]
-    reasons = "\n".join(f"- `{name}` ({found[name].accuracy:.3f}): {REASONS[name]}" for name in low if name in REASONS)
+    reasons = "\n".join(f"- `{name}` ({found[name].accuracy:.3f}): {REASONS[name]}." for name in low if name in REASONS)
     text = f"## Below {ENOUGH}\n\n{reasons}" if reasons else ""
     prompts = len(demo_rows("eval_prompts"))
     sft = found["sft"].accuracy
@@ -230,6 +279,7 @@ def cells(each: Verdict) -> tuple[str, ...]:
     """The numbers of a line."""
     return (
         f"{each.accuracy:.3f} ± {each.accuracy_se:.3f}",
+        f"{each.ratio_accuracy:.3f}" if each.ratio_accuracy else "",
         f"{each.gold:.2f} ± {each.gold_se:.2f}",
         f"{each.kl:.1f}",
         f"{each.length:.1f}",

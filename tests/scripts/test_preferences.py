@@ -36,9 +36,9 @@ def test_unknown_losses_are_refused():
 
 
 def test_the_page_names_a_reason_below_the_line(monkeypatch):
-    monkeypatch.setattr(preferences, "REASONS", {"npo": "it only pushes down."})
-    good = Verdict(0.8, 0.01, 1.5, 0.1, 2.0, 16.0, 0.5, 40.0)
-    found = {"sft": good, "dpo": good, "npo": Verdict(0.6, 0.02, 0.1, 0.1, 9.0, 20.0, 0.9, 40.0)}
+    monkeypatch.setattr(preferences, "REASONS", {"npo": "it only pushes down"})
+    good = Verdict(0.8, 0.01, 0.82, 1.5, 0.1, 2.0, 16.0, 0.5, 40.0)
+    found = {"sft": good, "dpo": good, "npo": Verdict(0.6, 0.02, 0.61, 0.1, 0.1, 9.0, 20.0, 0.9, 40.0)}
     text = page(found)
-    assert "| `dpo` | pairs | 0.800 ± 0.010 | 1.50 ± 0.10 | 2.0 | 16.0 | 0.50 | 40 |" in text
+    assert "| `dpo` | pairs | 0.800 ± 0.010 | 0.820 | 1.50 ± 0.10 | 2.0 | 16.0 | 0.50 | 40 |" in text
     assert "- `npo` (0.600): it only pushes down." in text and "- `dpo` (" not in text
