@@ -202,6 +202,15 @@ def test_a_dry_run_of_a_pipeline_needs_no_parents(cold_cli, tiny, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_status_shows_a_reason_with_brackets_as_it_is(cold_cli, tmp_path):
+    (tmp_path / "run" / "sft").mkdir(parents=True)
+    reason = "rank 1: [/builder/gloo/pair.cc:537] Connection closed"
+    status = {"stage": "sft", "state": "failed", "step": 1, "total_steps": 2, "exit_reason": reason}
+    (tmp_path / "run" / "sft" / "status.json").write_text(json.dumps(status))
+    done = cold_cli("status", tmp_path / "run")
+    assert done.code == 0 and "[/builder/gloo/pair.cc:537]" in "".join(done.out.split("\n")), done.err
+
+
 def test_status_of_a_run_directory(cold_cli, tiny):
     table = cold_cli("status", tiny.root)
     assert table.code == 0 and not table.torch

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from rlhf.errors import CheckpointError
@@ -44,10 +45,10 @@ def _row(stage: StageSummary) -> list[str]:
     name, value = stage.key_metric or ("-", None)
     parents = ", ".join(f"{p} (changed since)" if p in stage.stale else p for p in stage.parents)
     style = _STYLES.get(stage.state, "yellow")
-    state = f"[{style}]{stage.state}[/]" + (f" ({stage.reason})" if stage.reason else "")
+    state = f"[{style}]{stage.state}[/]" + (f" ({escape(stage.reason)})" if stage.reason else "")
     seconds = (stage.ended or time.time()) - stage.started if stage.started else None
     return [
-        stage.name,
+        escape(stage.name),
         stage.stage or "-",
         state,
         steps,
