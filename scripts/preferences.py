@@ -256,7 +256,7 @@ Losses without a reference are judged by their log-probs, as they are trained: t
 - **KL to SFT**: nats per answer. **words**: mean length of an answer.
 - **both fell**: share of the held-out pairs of which both answers are less likely than under SFT: likelihood \
 displacement.
-- **s**: seconds of the stage, on one thread beside another one.
+- **seconds**: of the stage, on one thread beside another one.
 
 {reasons}
 """
