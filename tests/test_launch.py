@@ -298,7 +298,7 @@ def test_a_second_interrupt_ends_everything_at_once(tmp_path: Path) -> None:
     with job(tmp_path, "stubborn", "stubborn") as running:
         running.wait_for("started-0", "started-1")
         running.process.send_signal(signal.SIGINT)
-        time.sleep(0.5)
+        running.wait_for("asked-0", "asked-1")  # two signals that wait together arrive as one
         assert running.process.poll() is None
         started = time.monotonic()
         running.process.send_signal(signal.SIGINT)

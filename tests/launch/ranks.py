@@ -32,7 +32,7 @@ die_with_parent(grace_s=1.0)
 if behaviour == "polite":
     signal.signal(signal.SIGTERM, stop_when_asked)
 if behaviour == "stubborn":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: note("asked"))  # and goes on
     subprocess.Popen(["sleep", "300"])
 shown = ("WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 facts = {"argv": sys.argv, "worker": is_worker(), "launcher": launcher_pid(), **{key: os.environ[key] for key in shown}}
