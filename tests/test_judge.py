@@ -280,7 +280,7 @@ def test_a_stage_killed_in_the_middle_of_a_step_asks_only_for_the_rest(cli, tiny
     service.delay = 0.02
     judge = service.block(model="g", concurrency=2)
     before = cached(tiny)
-    words = [str(word) for word in tiny.command("label", "--name", "killed", "--set", judge)]
+    words = [str(word) for word in tiny.command("label", "--name", "judge-killed", "--set", judge)]
     process = subprocess.Popen([sys.executable, "-m", "rlhf", *words], cwd=ROOT, env=environment())
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline and len(service.asked) < 60:
@@ -292,13 +292,13 @@ def test_a_stage_killed_in_the_middle_of_a_step_asks_only_for_the_rest(cli, tiny
     with os.fdopen(os.open(cache, os.O_WRONLY | os.O_APPEND), "ab") as file:
         file.write(b'{"key": "cut sh')  # a line that the crash cut short
     asked, service.delay = len(service.asked), 0.0
-    done = cli(*tiny.command("label", "--name", "killed", "--set", judge))
+    done = cli(*tiny.command("label", "--name", "judge-killed", "--set", judge))
     assert done.code == 0, done.err
     lines = cache.read_bytes()
     assert lines.startswith(kept) and all(json.loads(line) for line in lines.splitlines())
     assert kept.count(b"\n") > 40 and len(service.asked) - asked == lines.count(b"\n") - kept.count(b"\n")
-    straight = label(cli, tiny, "straight", judge)
-    assert straight.code == 0 and content(tiny, "killed") == content(tiny, "straight")
+    straight = label(cli, tiny, "judge-straight", judge)
+    assert straight.code == 0 and content(tiny, "judge-killed") == content(tiny, "judge-straight")
 
 
 def test_answers_that_were_cut_off_are_not_judged(cli, tiny, service):
@@ -332,7 +332,7 @@ def test_answers_that_were_cut_off_are_not_judged(cli, tiny, service):
 )
 def test_what_is_wrong_with_a_judge_is_said_at_once(cold_cli, tiny, options, text):
     given = {"kind": "pairwise", "url": "http://127.0.0.1:9/v1", "model": "x", **options}
-    done = cold_cli(*tiny.command("label", "--name", "wrong", "--set", f"judge={json.dumps(given)}"))
+    done = cold_cli(*tiny.command("label", "--name", "judge-wrong", "--set", f"judge={json.dumps(given)}"))
     assert done.code == 2 and text in done.err and not done.torch, done.err
     assert "sk-123" not in done.err.replace(json.dumps(given), "")
 
@@ -340,7 +340,7 @@ def test_what_is_wrong_with_a_judge_is_said_at_once(cold_cli, tiny, options, tex
 def test_rewards_and_a_judge_are_not_given_together(cold_cli, tiny):
     judge = "judge={kind: pairwise, url: 'http://127.0.0.1:9/v1', model: x}"
     rewards = "rewards=[{kind: length}]"
-    done = cold_cli(*tiny.command("label", "--name", "both", "--set", judge, "--set", rewards))
+    done = cold_cli(*tiny.command("label", "--name", "judge-both", "--set", judge, "--set", rewards))
     assert done.code == 2 and "rewards: expected one of rewards and judge, found both" in done.err
-    done = cold_cli(*tiny.command("label", "--name", "none", "--set", "rewards=[]"))
+    done = cold_cli(*tiny.command("label", "--name", "judge-none", "--set", "rewards=[]"))
     assert done.code == 2 and "rewards: expected one of rewards and judge, found neither" in done.err
