@@ -23,16 +23,19 @@ class Share:
     high: float
 
 
-def share(count: int, total: int, *, z: float = 1.96) -> Share:
-    """Wilson's interval: (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n).    [Wilson 1927, JASA 22 p. 209]
+def wilson(p: float, total: float, *, z: float) -> tuple[float, float]:
+    """The interval of a share p of `total` trials; z = 1.96 for 95 %.           [Wilson 1927, JASA 22 p. 209]
 
-    Of nothing, any share is possible.
+    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n). Never leaves [0, 1].
     """
-    if not total:
-        return Share(0, 0, 0.0, 1.0)
-    p, wide = count / total, z * z / total
+    wide = z * z / total
     half = z * math.sqrt(p * (1 - p) / total + wide / (4 * total))
-    return Share(count, total, (p + wide / 2 - half) / (1 + wide), (p + wide / 2 + half) / (1 + wide))
+    return (p + wide / 2 - half) / (1 + wide), (p + wide / 2 + half) / (1 + wide)
+
+
+def share(count: int, total: int, *, z: float = 1.96) -> Share:
+    """A share with Wilson's interval. Of nothing, any share is possible."""
+    return Share(count, total, *wilson(count / total, total, z=z)) if total else Share(0, 0, 0.0, 1.0)
 
 
 @dataclass(frozen=True)

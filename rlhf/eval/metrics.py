@@ -6,6 +6,8 @@ import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
+from rlhf.data.noise import wilson
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -60,17 +62,14 @@ class Share:
 
 
 def win_rate(wins: float, ties: float, losses: float, *, z: float = 1.96) -> Share:
-    """(wins + ties / 2) / n with the Wilson score interval.                        [Wilson 1927, JASA 22 p. 209]
+    """(wins + ties / 2) / n with its Wilson score interval, z = 1.96 for 95 %, see `wilson`.
 
-    (p + z^2/2n -+ z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n); z = 1.96 for 95 %. Never leaves [0, 1]. A tie is taken
-    for half a success, which makes the interval a little too wide.
+    A tie is taken for half a success, which makes the interval a little too wide.
     """
     count = wins + ties + losses
     assert count > 0, "no comparison"
-    p, wide = (wins + ties / 2) / count, z * z / count
-    half = z * math.sqrt(p * (1 - p) / count + wide / (4 * count))
-    middle = p + wide / 2
-    return Share(p, (middle - half) / (1 + wide), (middle + half) / (1 + wide), round(count))
+    p = (wins + ties / 2) / count
+    return Share(p, *wilson(p, count, z=z), round(count))
 
 
 def pass_at_k(n: int, c: int, *, k: int) -> float:

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 from rlhf.algo.masked import row_sums
-from rlhf.batch import Answers, Pairs
+from rlhf.batch import Answers
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import UserError
 from rlhf.train.loop import Collected
 from rlhf.train.objectives import answer_logprobs, trim
-from rlhf.train.preference import Judged, Policy, PreferenceObjective, Term, flat, prompt_values, view_of
+from rlhf.train.preference import Judged, Policy, PreferenceObjective, Term, flat, folded, prompt_values, view_of
 from rlhf.train.seeding import derive
 from rlhf.train.supervised import SupervisedCollector
 
@@ -89,17 +89,17 @@ class PreferenceCollector:
         return {key: (value if value.dtype == torch.bool else value.float()).cpu() for key, value in extras.items()}
 
     def _measure(self, batch: Judged, wants_mismatched: bool) -> tuple[Tensor, ...]:
-        """Log-prob sums and tokens of all flat answers, log-ratios of mismatched rows, and values of prompts."""
+        """Log-prob sums and tokens of all answers, `folded`, log-ratios of mismatched rows, and values of prompts."""
         plain = Policy(self.objective.engine)
         found: list[tuple[Tensor, ...]] = []
         with plain.engine.evaluating():
             for micro in batch.split(self.micro_batch):
                 measured = plain(flat(micro))
                 sums, lengths = row_sums(measured.logprobs, measured.mask), measured.mask.sum(-1)
-                both = (_by_row(micro, sums), _by_row(micro, lengths.to(sums.dtype)))
+                both = (folded(micro, sums), folded(micro, lengths.to(sums.dtype)))
                 found.append((*both, *self._others(micro, wants_mismatched)))
         columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
-        sums, lengths = (column.T.flatten() if isinstance(batch, Pairs) else column for column in columns[:2])
+        sums, lengths = columns[:2]
         mismatched = columns[2] if wants_mismatched else sums.new_zeros(0)
         return sums, lengths, mismatched, columns[-1] if self.critic is not None else sums.new_zeros(0)
 
@@ -135,11 +135,6 @@ class PreferenceCollector:
             )
         trained = {name: value for name, value in metrics.items() if name.startswith("train/")}
         return self.objective.total(trained), None
-
-
-def _by_row(micro: Judged, values: Tensor) -> Tensor:
-    """Flat numbers (M,) as rows that can be joined: (b, 2) of pairs, (b,) of others."""
-    return torch.stack(values.chunk(2), dim=-1) if isinstance(micro, Pairs) else values
 
 
 def uniform(seed: int, step: int, row: int) -> float:

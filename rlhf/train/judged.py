@@ -25,7 +25,7 @@ from rlhf.train import roles
 from rlhf.train.coupling import PreferenceCollector, PreferenceState
 from rlhf.train.guards import check_same_weights
 from rlhf.train.job import Job
-from rlhf.train.parts import Parts, list_dataset, pair_dataset, steps
+from rlhf.train.parts import Parts, dataset, steps
 from rlhf.train.preference import Policy, PreferenceObjective, Term, ValueOfPromptObjective
 from rlhf.train.reference import Reference, cached_logprobs, logprobs_of_rows, reference_key, with_reference
 from rlhf.train.samples import shown_prompts
@@ -112,17 +112,17 @@ def datasets(
     compares = any(term.block.reference for term in terms)
 
     def side(examples: list[Any], others: list[AnswerExample] | None) -> Dataset:
-        dataset = rows_for(recipe.loss.rows, examples, others, tokenizer.pad_token_id)
+        data = rows_for(recipe.loss.rows, examples, others, tokenizer.pad_token_id)
         if not compares or not examples:
-            return dataset
+            return data
         columns = {"pairs": 2, "answers": 1 if others is None else 2, "lists": most_answers(examples)}[recipe.loss.rows]
         key = reference_key(job, tokenizer, [token_parts(*row) for row in zip_longest(examples, others or [])])
 
         def compute() -> Tensor:
-            return logprobs_of_rows(reference(), dataset, columns, recipe.train.micro_batch)
+            return logprobs_of_rows(reference(), data, columns, recipe.train.micro_batch)
 
         shape = (len(examples), columns)
-        return with_reference(dataset, cached_logprobs(job.folder.root / "cache", key, shape, compute))
+        return with_reference(data, cached_logprobs(job.folder.root / "cache", key, shape, compute))
 
     return side(data.train, partners), side(data.eval, None)
 
@@ -160,10 +160,8 @@ def with_unit_scores(data: Loaded) -> Loaded:
 
 def rows_for(kind: str, examples: list[Any], others: list[AnswerExample] | None, pad_id: int) -> Dataset:
     """A dataset of one of the three kinds. others: for every row the one whose answer is put after its prompt, too."""
-    if kind == "pairs":
-        return pair_dataset(examples, pad_id)
-    if kind == "lists":
-        return list_dataset(examples, pad_id)
+    if kind != "answers":
+        return dataset(examples, collate.pairs if kind == "pairs" else collate.lists, pad_id)
 
     def batch(rows: list[int]) -> Any:
         mismatched = None if others is None else [others[i] for i in rows]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data import chat, collate
-from rlhf.data.examples import ListExample, PairExample, PromptExample, TokenExample
+from rlhf.batch import Rows
+from rlhf.data import chat
+from rlhf.data.examples import PromptExample
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
 from rlhf.models.statistics import ScoreStatistics
@@ -61,26 +62,16 @@ def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: Sampli
 
 
 def generation_config(engine: Engine) -> Any:
+    """The model's own; None where it generates nothing."""
     core = engine.module.core
     return core.generation_config if core.can_generate() else None
 
 
-def token_dataset(examples: list[TokenExample], pad_id: int) -> Dataset:
-    """Rows for SFT."""
-    return Dataset([len(e.ids) for e in examples], lambda rows: collate.tokens([examples[i] for i in rows], pad_id))
-
-
-def pair_dataset(examples: list[PairExample], pad_id: int) -> Dataset:
-    """Rows for pairwise losses; a pair costs both of its sides."""
-    lengths = [2 * len(e.prompt_ids) + len(e.chosen_ids) + len(e.rejected_ids) for e in examples]
-    return Dataset(lengths, lambda rows: collate.pairs([examples[i] for i in rows], pad_id))
-
-
-def list_dataset(examples: list[ListExample], pad_id: int) -> Dataset:
-    """Rows for listwise losses; a list costs its prompt with every answer."""
-    lengths = [sum(len(e.prompt_ids) + len(ids) for ids, _ in e.answers) for e in examples]
-    return Dataset(lengths, lambda rows: collate.lists([examples[i] for i in rows], pad_id))
+def dataset(examples: Sequence[Any], join: Callable[[list[Any], int], Rows], pad_id: int) -> Dataset:
+    """Examples of one kind as rows; `join` collates them."""
+    return Dataset([e.lengths()[0] for e in examples], lambda rows: join([examples[i] for i in rows], pad_id))
 
 
 def steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:
+    """Optimizer steps of an offline stage."""
     return offline_steps(recipe.train, len(train))

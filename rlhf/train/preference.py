@@ -96,9 +96,8 @@ def folded(batch: Judged, values: Tensor) -> Tensor:
     return values.new_zeros(present.shape).masked_scatter(present, values)
 
 
-def view_of(batch: Judged, sums: Tensor, lengths: Tensor) -> View:
-    """The record that losses read. sums, lengths: summed log-probs and tokens of the `flat` answers, (M,)."""
-    logprobs, counted = folded(batch, sums), folded(batch, lengths)
+def view_of(batch: Judged, logprobs: Tensor, counted: Tensor) -> View:
+    """The record that losses read. logprobs, counted: summed log-probs and tokens of the answers, `folded`."""
     ref = None if batch.ref is None else batch.ref.to(logprobs)
     if isinstance(batch, Pairs):
         refs = (None, None) if ref is None else (ref[:, 0], ref[:, 1])
@@ -144,7 +143,7 @@ class Measured:
     def view(self, batch: Judged) -> View:
         """The record of their sequence log-probs."""
         lengths = self.mask.sum(-1).to(self.logprobs.dtype)
-        return view_of(batch, row_sums(self.logprobs, self.mask), lengths)
+        return view_of(batch, folded(batch, row_sums(self.logprobs, self.mask)), folded(batch, lengths))
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerFast
 
-from rlhf.data import chat
+from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
@@ -24,7 +24,7 @@ from rlhf.train.objectives import (
 )
 from rlhf.train.online import OnlineCollector
 from rlhf.train.opponent import Opponent
-from rlhf.train.parts import Parts, generation_config, list_dataset, pair_dataset, sampler, steps, token_dataset
+from rlhf.train.parts import Parts, dataset, generation_config, sampler, steps
 from rlhf.train.progress import Progress
 from rlhf.train.ranking import ListRewardObjective
 from rlhf.train.samples import SampleWriter, shown_prompts
@@ -48,7 +48,7 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     engine = roles.policy_engine(job, tokenizer)
     if recipe.train.l1:
         engine.pull_to_start(recipe.train.l1)
-    train, held_out = (token_dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
+    train, held_out = (dataset(rows, collate.tokens, tokenizer.pad_token_id) for rows in (data.train, data.eval))
     return Parts(
         engines={"policy": engine},
         objectives=[SFTObjective(engine, recipe.train)],
@@ -68,8 +68,8 @@ def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     assert isinstance(recipe, RewardRecipe)
     engine = roles.reward_engine(job, tokenizer)
     is_list = recipe.loss.rows == "lists"
-    dataset, objective = (list_dataset, ListRewardObjective) if is_list else (pair_dataset, RewardObjective)
-    train, held_out = (dataset(rows, tokenizer.pad_token_id) for rows in (data.train, data.eval))
+    join, objective = (collate.lists, ListRewardObjective) if is_list else (collate.pairs, RewardObjective)
+    train, held_out = (dataset(rows, join, tokenizer.pad_token_id) for rows in (data.train, data.eval))
     return Parts(
         engines={"reward": engine},
         objectives=[objective.from_block(engine, recipe.train, recipe.loss)],
@@ -129,7 +129,8 @@ def _online(
     state = OnlineState.at_start(recipe)
     reference = shared.reference if shared else roles.reference(job, tokenizer, actor)
     against = recipe.opponent if isinstance(recipe, GRPORecipe) else None
-    mixed = None if data.pretraining is None else token_dataset(data.pretraining.train, tokenizer.pad_token_id)
+    kept = None if data.pretraining is None else data.pretraining.train
+    mixed = None if kept is None else dataset(kept, collate.tokens, tokenizer.pad_token_id)
     collector = OnlineCollector(
         recipe,
         data.train,

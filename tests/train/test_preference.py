@@ -145,7 +145,7 @@ def test_a_batch_of_lists_goes_flat_and_comes_back():
     assert len(tokens) == 9 and bool(tokens.attention.any(-1).all())
     back = folded(lists, torch.arange(9.0))
     assert back.tolist() == [[0, 1, 0, 0], [2, 3, 4, 0], [5, 6, 7, 8]]
-    view = view_of(replace(lists, ref=torch.zeros(3, 4)), torch.arange(9.0), torch.ones(9))
+    view = view_of(replace(lists, ref=torch.zeros(3, 4)), back, folded(lists, torch.ones(9)))
     assert isinstance(view, ListLogprobs) and view.scores.equal(lists.scores)
 
 
@@ -192,8 +192,8 @@ def test_metrics_of_pairs_by_hand():
     traits = PREFERENCE_LOSSES["dpo"].traits
     view = view_of(
         Pairs(*[tokens(2)] * 2, torch.zeros(2), ref=torch.tensor([[-2.0, -2.0], [-1.0, -1.0]])),
-        torch.tensor([-1.0, -2.0, -3.0, -2.0]),
-        torch.tensor([2.0, 4.0, 2.0, 1.0]),
+        torch.tensor([[-1.0, -3.0], [-2.0, -2.0]]),
+        torch.tensor([[2.0, 2.0], [4.0, 1.0]]),
     )
     found = {name: float(total) for name, (total, _) in describe(view, traits, 0.5).items()}
     assert found["accuracy"] == 1 and found["ties"] == 1 and found["margin"] == 0.5 * (1 + 1)
