@@ -42,7 +42,7 @@ from rlhf.run.lineage import content_hash
 from rlhf.run.rundir import RunDir
 from rlhf.train.catalogue import chosen
 from rlhf.train.describe_preferences import implicit
-from rlhf.train.objectives import first_trained, join
+from rlhf.train.objectives import trained, join
 from scripts.algorithms import RECIPES, ROOT, Task, train
 from scripts.make_docs import table
 
@@ -170,9 +170,8 @@ def pair_sums(policy: PolicyModule, pairs: Sequence[PairExample], pad_id: int) -
     sums, lengths = [], []
     for at in range(0, len(pairs), 128):
         both = join(collate.pairs(pairs[at : at + 128], pad_id))
-        start = first_trained(both.mask)
-        mask = both.mask[:, start:]
-        sums.append(torch.stack(row_sums(policy(both.ids, both.attention, start), mask).chunk(2), -1))
+        mask = trained(both.mask)
+        sums.append(torch.stack(row_sums(policy(both.ids, both.attention, mask), mask).chunk(2), -1))
         lengths.append(torch.stack(mask.sum(-1).chunk(2), -1))
     return torch.cat(sums), torch.cat(lengths)
 

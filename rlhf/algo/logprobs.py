@@ -69,14 +69,17 @@ def sequence_logprobs(logprobs: Tensor, mask: Tensor) -> Tensor:
     return row_sums(logprobs, mask)
 
 
-def entropy(logits: Tensor) -> Tensor:
+def entropy(logits: Tensor, total: Tensor | None = None) -> Tensor:
     """logsumexp(z) - sum softmax(z) z: (..., V) -> (...,) in nats. Tokens at -inf contribute 0.
 
     Neither scales nor truncates; for the distribution that was sampled from, do both first.
+    total: (..., 1) the logsumexp, where it is known.
     """
     logits = at_least_float32(logits)
     finite = torch.where(logits == -torch.inf, logits.new_zeros(()), logits)
-    return logits.logsumexp(-1) - (logits.softmax(-1) * finite).sum(-1)
+    if total is None:
+        total = logits.logsumexp(-1, keepdim=True)
+    return total.squeeze(-1) - torch.linalg.vecdot((logits - total).exp(), finite)
 
 
 def log1mexp(logprobs: Tensor) -> Tensor:
@@ -132,6 +135,34 @@ def _smallest_kept(logits: Tensor, top_k: int, top_p: float) -> Tensor | None:
     return largest.gather(-1, num_kept - 1)
 
 
+def target_and_total(
+    scaled: Tensor, columns: Tensor, *, top_k: int, top_p: float
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(target's logit, logsumexp of the truncated set with the target in it, smallest kept logit), (..., 1) each.
+
+    scaled: (..., V) after `scale_logits`; columns: (..., 1) target ids. None where nothing is cut off.
+    """
+    chosen = scaled.gather(-1, columns)
+    smallest = _smallest_kept(scaled, top_k, top_p)
+    if smallest is not None:
+        scaled = scaled.masked_fill(scaled < smallest, -torch.inf).scatter_(-1, columns, chosen)
+    return chosen, scaled.logsumexp(-1, keepdim=True), smallest
+
+
+def gradient_of_logits_(
+    scaled: Tensor, columns: Tensor, chosen: Tensor, total: Tensor, smallest: Tensor | None, slopes: Tensor
+) -> Tensor:
+    """slopes (..., 1) times the gradient onehot(target) - softmax of `token_logprobs`, written over `scaled` (..., V).
+
+    chosen, total, smallest: what `target_and_total` gave.
+    """
+    dropped = None if smallest is None else scaled < smallest
+    probs = scaled.sub_(total).exp_()
+    if dropped is not None:
+        probs.masked_fill_(dropped, 0).scatter_(-1, columns, (chosen - total).exp())
+    return probs.mul_(-slopes).scatter_add_(-1, columns, slopes)
+
+
 class _TokenLogprobs(Function):
     """`token_logprobs` with a hand-written gradient, (onehot(target) - softmax) / temperature on the truncated set.
 
@@ -143,22 +174,16 @@ class _TokenLogprobs(Function):
     def forward(ctx: Any, logits: Tensor, targets: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
         scaled = scale_logits(logits, temperature=temperature)
         columns = targets.unsqueeze(-1)
-        chosen = scaled.gather(-1, columns)  # (..., 1)
-        smallest = _smallest_kept(scaled, top_k, top_p)
-        if smallest is not None:
-            scaled = scaled.masked_fill(scaled < smallest, -torch.inf).scatter_(-1, columns, chosen)
-        log_total = scaled.logsumexp(-1, keepdim=True)
+        chosen, total, smallest = target_and_total(scaled, columns, top_k=top_k, top_p=top_p)
         ctx.temperature = temperature
-        ctx.save_for_backward(logits, columns, chosen, log_total, smallest)
-        return (chosen - log_total).squeeze(-1)
+        ctx.save_for_backward(logits, columns, chosen, total, smallest)
+        return (chosen - total).squeeze(-1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, columns, chosen, log_total, smallest = ctx.saved_tensors
+        logits, *known = ctx.saved_tensors
         scaled = scale_logits(logits, temperature=ctx.temperature)
-        probs = (scaled - log_total).exp_()
-        if smallest is not None:
-            probs.masked_fill_(scaled < smallest, 0).scatter_(-1, columns, (chosen - log_total).exp())
-        grad = grad.unsqueeze(-1) / ctx.temperature
-        return probs.mul_(-grad).scatter_add_(-1, columns, grad).to(logits.dtype), None, None, None, None
+        owned = scaled.clone() if scaled is logits else scaled
+        slopes = grad.unsqueeze(-1) / ctx.temperature
+        return gradient_of_logits_(owned, *known, slopes).to(logits.dtype), None, None, None, None

@@ -2,33 +2,36 @@
 
 Everything that touches weights happens inside `forward`, head included, because sharded weights are whole only there.
 Padding may stand on either side: positions are counted over real tokens, and nothing is found by looking for pad ids.
+
+Two paths give the same numbers. The packed one lays all real tokens in one flat row, common beginnings once, and lets
+the head see nothing but the positions that are asked about. The plain one calls the model as transformers would.
+`prove` compares them on the model at hand before the first is used.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from rlhf.algo.logprobs import entropy as distribution_entropy
-from rlhf.algo.logprobs import (
-    scale_logits,
-    token_contrast,
-    token_forward_kl,
-    token_logprobs,
-    truncate_logits,
-)
 from rlhf.errors import CheckpointError
+from rlhf.models.attention import install
+from rlhf.models.head import Question, TokenHead, adopt, in_pieces
+from rlhf.models.packing import pack
 from rlhf.recipe.schema import SamplingBlock
 
 # The model's own distribution: what SFT and preference losses are about.
 UNCHANGED = SamplingBlock(temperature=1.0, top_k=0, top_p=1.0)
+
+# How far the numbers of the two paths may be apart, by the type they are computed in. A model that does something
+# between its layers and its head that we do not know of is off by far more.
+_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.05}
 
 
 class RoleModule(nn.Module):
@@ -37,7 +40,8 @@ class RoleModule(nn.Module):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.model = model
-        self._takes_positions = "position_ids" in inspect.signature(self.called.forward).parameters
+        self.packs = False
+        self._takes_positions = "position_ids" in inspect.signature(self.core.forward).parameters
 
     @property
     def core(self) -> nn.Module:
@@ -45,9 +49,9 @@ class RoleModule(nn.Module):
         return self.model.get_base_model() if isinstance(self.model, PeftModel) else self.model
 
     @property
-    def called(self) -> nn.Module:
-        """The part of the model that `forward` calls first; it takes the ids."""
-        return self.core
+    def decoder(self) -> nn.Module:
+        """The model without its head."""
+        return getattr(self.core, self.core.base_model_prefix)
 
     def inputs(self, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
         """Arguments of the Hugging Face forward for ids padded on either side.
@@ -60,6 +64,70 @@ class RoleModule(nn.Module):
             inputs["position_ids"] = (attention.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         return inputs
 
+    def states(self, ids: Tensor, attention: Tensor) -> tuple[Tensor, Tensor]:
+        """Hidden states (N, H) of the real tokens, and where among them those of each column stand, (B, T)."""
+        if not self.packs:
+            hidden = self.decoder(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
+            return hidden.flatten(0, 1), torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        packed = pack(ids, attention)
+        hidden = self.decoder(
+            input_ids=packed.ids,
+            position_ids=packed.positions,
+            attention_mask=packed.ids.new_zeros(1, 1, 1, 1),  # four axes: transformers makes no mask of its own
+            use_cache=False,
+            layout=packed.layout,
+        ).last_hidden_state
+        return hidden[0], packed.place
+
+    def can_pack(self) -> bool:
+        """Whether the model's code would take the packed path; whether it gives the same numbers, `prove` finds out."""
+        config = self.core.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+        arguments = inspect.signature(self.decoder.forward).parameters.values()
+        return (
+            kinds <= {"full_attention", "sliding_attention"}
+            and self._takes_positions
+            and any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments)
+            and install(self.core)
+        )
+
+    def prove(self, call: Callable[..., Tensor]) -> str:
+        """Choose the packed path where it gives the plain one's numbers. Returns the choice in words.
+
+        call: this module, through its engine if it has one.
+        """
+        if not self.can_pack():
+            return "padded rows (the model's code takes no flat ones)"
+        vocabulary = self.core.get_input_embeddings().num_embeddings
+        device = next(self.parameters()).device
+        ids = (torch.arange(1, 27, device=device) * 37 % vocabulary).view(2, 13)
+        ids[1, :8] = ids[0, :8]
+        attention = torch.ones_like(ids, dtype=torch.bool)
+        attention[1, -2:] = False
+        mask = attention[:, -6:]
+        found = []
+        with evaluating(self), torch.no_grad():
+            for self.packs in (False, True):
+                found.append(call(ids, attention, mask)[mask].float())
+        gap = float((found[1] - found[0]).abs().max())
+        limit = _TOLERANCE[self.core.dtype]
+        self.packs = gap <= limit
+        if self.packs:
+            return "packed rows"
+        return f"padded rows (flat ones change this model's numbers by {gap:.2g})"
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode inside (in train mode a checkpointing layer drops the cache); every submodule's mode is restored."""
+    training = [part for part in module.modules() if part.training]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
 
 class PolicyModule(RoleModule):
     """Log-probs of given tokens under a causal language model."""
@@ -71,45 +139,50 @@ class PolicyModule(RoleModule):
                 f"expected a model that can compute logits of chosen positions, found a {type(self.core).__name__}",
                 fix="Use an architecture whose transformers class takes logits_to_keep.",
             )
+        adopt(self.core.get_output_embeddings())
 
     def forward(
         self,
         ids: Tensor,
         attention: Tensor,
-        start: int,
+        mask: Tensor,
         sampling: SamplingBlock = UNCHANGED,
         entropy: Literal["none", "value", "gradient"] = "none",
         ref_distribution: Tensor | None = None,
         contrast: int = 0,
         whole: bool = False,
     ) -> Tensor | tuple[Tensor, ...]:
-        """Log-probs of ids[:, start:] under `sampling`'s distribution, (B, T - start) float32, in nats.
+        """Log-probs of the tokens under the mask, under `sampling`'s distribution: (B, R) float32 in nats, else 0.
 
-        ids, attention: (B, T). Only the positions that predict these tokens enter the head. Where the attention is 0
-        the numbers are finite and mean nothing. Behind the log-probs, of the same shape and in this order, what was
-        asked for of every position:
-        entropy: of its distribution, without or with gradient.
-        ref_distribution: a reference's log-probs (B, T - start, V): KL(reference || policy).
-        contrast: the CRINGE loss of its token against this many others, see `token_contrast`.
-        whole: instead of all this, the log-probs of every token of the vocabulary, (B, T - start, V).
+        ids, attention: (B, T); mask: (B, R) bool, of the last R columns. A token under it has a token before it.
+        Behind the log-probs, of the same shape, what else was asked for in the order of `Question`, whose fields the
+        further arguments are. With `whole` it is (M, V) alone, of the M tokens under the mask; a `ref_distribution` is
+        of that shape too.
         """
-        length = ids.shape[1]
-        assert 1 <= start < length, f"start: expected 1..{length - 1}, found {start}"
-        positions = torch.arange(start - 1, length - 1, device=ids.device)
-        logits = self.core(**self.inputs(ids, attention), use_cache=False, logits_to_keep=positions).logits  # (B, R, V)
+        _check_mask(ids, mask)
+        question = Question(ids[:, -mask.shape[1] :][mask], sampling, entropy, ref_distribution, contrast, whole)
+        answers = self._packed(ids, attention, mask, question) if self.packs else self._plain(
+            ids, attention, mask, question
+        )
         if whole:
-            return logits.float().log_softmax(-1)
-        cut = {"top_k": sampling.top_k, "top_p": sampling.top_p}
-        found = [token_logprobs(logits, ids[:, start:], temperature=sampling.temperature, **cut)]
-        if entropy != "none":
-            with torch.set_grad_enabled(torch.is_grad_enabled() and entropy == "gradient"):
-                scaled = scale_logits(logits, temperature=sampling.temperature)
-                found.append(distribution_entropy(truncate_logits(scaled, **cut)))
-        if ref_distribution is not None:
-            found.append(token_forward_kl(ref_distribution, logits.float().log_softmax(-1)))
-        if contrast:
-            found.append(token_contrast(logits, ids[:, start:], k=contrast))
-        return found[0] if len(found) == 1 else tuple(found)
+            return answers[0]
+        spread = [answer.new_zeros(mask.shape).masked_scatter(mask, answer) for answer in answers]
+        return spread[0] if len(spread) == 1 else tuple(spread)
+
+    def _packed(self, ids: Tensor, attention: Tensor, mask: Tensor, question: Question) -> tuple[Tensor, ...]:
+        hidden, place = self.states(ids, attention)
+        asked = hidden[_before(place, mask)]  # (M, H)
+        head = self.core.get_output_embeddings()
+        if isinstance(head, TokenHead):
+            answers: tuple[Tensor, ...] = head(asked, question)
+            return answers
+        return in_pieces(head, asked, question, self.core.config.get_text_config().vocab_size)
+
+    def _plain(self, ids: Tensor, attention: Tensor, mask: Tensor, question: Question) -> tuple[Tensor, ...]:
+        length, responses = ids.shape[1], mask.shape[1]
+        columns = torch.arange(length - responses - 1, length - 1, device=ids.device)
+        logits = self.core(**self.inputs(ids, attention), use_cache=False, logits_to_keep=columns).logits  # (B, R, V)
+        return question.answer(logits[mask])
 
     @contextmanager
     def adapter_off(self) -> Iterator[None]:
@@ -141,30 +214,38 @@ class ScorerModule(RoleModule):
             )
         super().__init__(model)
 
-    @property
-    def called(self) -> nn.Module:
-        """The model without its head."""
-        return getattr(self.core, self.core.base_model_prefix)
+    def forward(self, ids: Tensor, attention: Tensor, mask: Tensor | None = None) -> Tensor:
+        """mask None: the score at each row's last attended token, (B,) float32.
 
-    def forward(self, ids: Tensor, attention: Tensor, start: int | None = None) -> Tensor:
-        """start None: the score at each row's last attended token, (B,) float32.
-
-        Else values (B, T - start) float32: of the state before token t, for t in start..T-1, so read at position t - 1.
+        Else the values (B, R) float32 of the states before the tokens under the mask (B, R), which is of the last R
+        columns; 0 elsewhere.
         """
-        hidden = self.called(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
-        return read_scores(self.core.score, hidden, attention, start)
+        return read_scores(self.core.score, *self.states(ids, attention), attention, mask)
 
 
-def read_scores(head: nn.Module, hidden: Tensor, attention: Tensor, start: int | None) -> Tensor:
-    """Scores (B,) or values (B, T - start) of hidden states (B, T, H), float32; see `ScorerModule.forward`."""
-    if start is not None:
-        assert 1 <= start < hidden.shape[1], f"start: expected 1..{hidden.shape[1] - 1}, found {start}"
-        return _head(head, hidden[:, start - 1 : -1])
-    columns = torch.arange(hidden.shape[1], device=hidden.device)
-    last = (columns * attention.long()).argmax(-1)  # (B,)
-    return _head(head, hidden[torch.arange(len(hidden), device=hidden.device), last])
+def read_scores(head: nn.Module, hidden: Tensor, place: Tensor, attention: Tensor, mask: Tensor | None) -> Tensor:
+    """Scores (B,) or values (B, R) of `RoleModule.states`; see `ScorerModule.forward`."""
+    if mask is not None:
+        _check_mask(place, mask)
+        values = _head(head, hidden[_before(place, mask)])
+        return values.new_zeros(mask.shape).masked_scatter(mask, values)
+    columns = torch.arange(place.shape[1], device=place.device)
+    last = (columns * attention.long()).argmax(-1, keepdim=True)
+    return _head(head, hidden[place.gather(1, last).squeeze(-1)])
 
 
 def _head(head: nn.Module, hidden: Tensor) -> Tensor:
     """(..., H) -> (...,) float32. Called as a module, which is what makes a sharded head whole."""
     return head(hidden.to(next(head.parameters()).dtype)).float().squeeze(-1)
+
+
+def _before(place: Tensor, mask: Tensor) -> Tensor:
+    """Where the states stand that predict the tokens under the mask, (M,)."""
+    return place[:, -mask.shape[1] - 1 : -1][mask]
+
+
+def _check_mask(ids: Tensor, mask: Tensor) -> None:
+    rows, length = ids.shape
+    assert mask.dtype == torch.bool and len(mask) == rows and 1 <= mask.shape[1] < length, (
+        f"mask: expected bool ({rows}, 1..{length - 1}), found {mask.dtype} {tuple(mask.shape)}"
+    )

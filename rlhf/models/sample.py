@@ -6,18 +6,17 @@ the rounding of batched matrix products, which can turn a draw only where it fal
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf.algo.logprobs import scale_logits, truncate_logits
 from rlhf.batch import Prompts, Rollout
 from rlhf.errors import CheckpointError, RecipeError
 from rlhf.models.build import max_positions
-from rlhf.models.forward import PolicyModule
+from rlhf.models.forward import PolicyModule, evaluating
 from rlhf.recipe.schema import SamplingBlock
 
 # Dropping finished rows copies the whole cache, which every decoding step does anyway; below this share of live rows
@@ -50,18 +49,6 @@ def generate(
         while decoding.step():
             pass
     return decoding.rollout(prompts, answers, decode)
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode inside (in train mode a checkpointing layer drops the cache); every submodule's mode is restored."""
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True
 
 
 class _Decoding:

@@ -80,15 +80,13 @@ class SharedModule(RoleModule):
         """
         self.use(role)
         if role not in self.heads:
+            self._policy[0].packs = self.packs
             return self._policy[0](ids, attention, **options)
-        decoder = getattr(self.core, self.core.base_model_prefix)
-        hidden = decoder(**self.inputs(ids, attention), use_cache=False).last_hidden_state  # (B, T, H)
-        return read_scores(self.heads[role], hidden, attention, **{"start": None, **options})
+        return read_scores(self.heads[role], *self.states(ids, attention), attention, **{"mask": None, **options})
 
     def backbone(self) -> list[nn.Parameter]:
         """The frozen weights below the language-model head: what every role uses."""
-        decoder = getattr(self.core, self.core.base_model_prefix)
-        return [parameter for name, parameter in decoder.named_parameters() if ".lora_" not in name]
+        return [parameter for name, parameter in self.decoder.named_parameters() if ".lora_" not in name]
 
 
 def build_shared(

@@ -72,9 +72,8 @@ class SFTObjective:
 def supervised_nll(engine: Engine, micro: Tokens) -> tuple[Tensor, Tensor]:
     """(summed negative log-likelihood of the supervised tokens, how many they are)."""
     tokens = trim(micro).to(engine.device)
-    start = first_trained(tokens.mask)
-    mask = tokens.mask[:, start:]
-    return masked_sum(sft(engine(tokens.ids, tokens.attention, start=start), mask), mask), mask.sum()
+    mask = trained(tokens.mask)
+    return masked_sum(sft(engine(tokens.ids, tokens.attention, mask), mask), mask), mask.sum()
 
 
 @dataclass(frozen=True)
@@ -145,10 +144,9 @@ class PolicyObjective:
     def loss(self, micro: Experience) -> Loss:
         experience = trim_experience(micro).to(self.engine.device)
         mask, old = experience.response_mask, experience.old_logprobs
-        start = experience.ids.shape[1] - mask.shape[1]
         wants_entropy = "gradient" if self.entropy_coef else "value"
         logprobs, entropy = self.engine(
-            experience.ids, experience.attention, start=start, sampling=self.sampling, entropy=wants_entropy
+            experience.ids, experience.attention, mask, sampling=self.sampling, entropy=wants_entropy
         )
         moved = {} if self.state.penalty_beta is None else {"beta": self.state.penalty_beta}
         losses, clipped = self.policy_loss(logprobs, old, experience.advantages, mask, **moved)
@@ -224,8 +222,7 @@ class ValueObjective:
         experience = trim_experience(micro).to(self.engine.device)
         assert experience.old_values is not None and experience.returns is not None, "PPO needs values and returns"
         mask = experience.response_mask
-        start = experience.ids.shape[1] - mask.shape[1]
-        values = self.engine(experience.ids, experience.attention, start=start)  # (b, R)
+        values = self.engine(experience.ids, experience.attention, mask)  # (b, R)
         losses, clipped = self.value_loss(values, experience.old_values, experience.returns, mask)
         total = masked_sum(losses, mask)
         return Loss(
@@ -279,13 +276,15 @@ def padding_columns(attention: Tensor, responses: int) -> tuple[int, int]:
     return left, responses - max(1, int(attention[:, prompts:].sum(-1).max()))
 
 
-def first_trained(mask: Tensor) -> int:
-    """The first column that counts in any row, at least 1: the first token of a sequence is predicted from nothing."""
-    return max(1, int(mask.any(0).int().argmax()))
+def trained(mask: Tensor) -> Tensor:
+    """(B, T) -> (B, R): the columns from the first that counts in any row, and never the first of a sequence.
+
+    A sequence's first token is predicted from nothing.
+    """
+    return mask[:, max(1, int(mask.any(0).int().argmax())) :]
 
 
 def answer_logprobs(engine: Engine, tokens: Tokens, **options: Any) -> Tensor:
     """Summed log-probs of the tokens under the mask, (B,)."""
-    start = first_trained(tokens.mask)
-    logprobs = engine(tokens.ids, tokens.attention, start=start, **options)
-    return torch.where(tokens.mask[:, start:], logprobs, 0.0).sum(-1)
+    logprobs: Tensor = engine(tokens.ids, tokens.attention, trained(tokens.mask), **options)
+    return logprobs.sum(-1)

@@ -253,21 +253,22 @@ class OnlineCollector:
         """What the models say of a micro-batch, as wide as the rollout."""
         responses = micro.response_mask.shape[1]
         left, right = padding_columns(micro.attention, responses)
-        ids, attention = (
-            value[:, left : value.shape[1] - right].to(self.actor.device) for value in (micro.ids, micro.attention)
-        )
-        start = ids.shape[1] - (responses - right)
+        device = self.actor.device
+        ids, attention = (value[:, left : value.shape[1] - right].to(device) for value in (micro.ids, micro.attention))
+        mask = micro.response_mask[:, : responses - right].to(device)
 
         def widen(value: Tensor) -> Tensor:
             return torch.nn.functional.pad(value.cpu(), (0, right))
 
         with self.actor.evaluating():
-            options = {"start": start, "sampling": self.recipe.sampling}
-            old, ref = widen(self.actor(ids, attention, **options)), widen(self.reference(ids, attention, **options))
+            old, ref = (
+                widen(whose(ids, attention, mask, sampling=self.recipe.sampling))
+                for whose in (self.actor, self.reference)
+            )
         if self.critic is None:
             return Seen(old, ref)
         with self.critic.evaluating():
-            return Seen(old, ref, widen(self.critic(ids, attention, start=start)))
+            return Seen(old, ref, widen(self.critic(ids, attention, mask)))
 
     # --- minibatches ---
 

@@ -24,7 +24,7 @@ from rlhf.engine.engine import Engine
 from rlhf.recipe.loss_options import LossBlock
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train.describe_preferences import describe
-from rlhf.train.objectives import first_trained, join, trim
+from rlhf.train.objectives import join, trained, trim
 from rlhf.train.reference import Reference
 
 Judged = Pairs | Answers | Lists
@@ -160,13 +160,12 @@ class Policy:
     def __call__(self, answers: Tokens) -> Measured:
         """Log-probs of the answers' tokens, and the rest."""
         answers = answers.to(self.engine.device)
-        start = first_trained(answers.mask)
-        mask = answers.mask[:, start:]
+        mask = trained(answers.mask)
         asked: dict[str, Any] = {"contrast": self.contrast} if self.contrast else {}
         if self.whole is not None:
             with torch.no_grad():
-                asked["ref_distribution"] = self.whole(answers.ids, answers.attention, start=start, whole=True)
-        found = self.engine(answers.ids, answers.attention, start=start, **asked)
+                asked["ref_distribution"] = self.whole(answers.ids, answers.attention, mask, whole=True)
+        found = self.engine(answers.ids, answers.attention, mask, **asked)
         logprobs, *more = found if isinstance(found, tuple) else (found,)
         sums = [row_sums(values, mask) for values in more]
         kl = sums.pop(0) if self.whole is not None else None
@@ -270,6 +269,7 @@ class ValueOfPromptObjective:
 def prompt_values(engine: Engine, batch: Answers) -> Tensor:
     """The value of every row's prompt, (B,): of the state before the answer's first token."""
     tokens = trim(batch.tokens).to(engine.device)
-    values = engine(tokens.ids, tokens.attention, start=1)  # (B, T - 1)
-    first = tokens.mask[:, 1:].int().argmax(-1)
-    return values.gather(1, first.unsqueeze(-1)).squeeze(-1)
+    mask = tokens.mask[:, 1:]
+    first = mask & (mask.cumsum(-1) == 1)  # of every answer's tokens
+    values: Tensor = engine(tokens.ids, tokens.attention, first)  # (B, T - 1)
+    return values.sum(-1)

@@ -117,9 +117,10 @@ def _source(job: Job) -> str | InitBlock:
 
 def _engine(role: str, module: RoleModule, zero: ZeroBlock, dtype: str, optim: OptimBlock | None = None) -> Engine:
     engine = Engine(module, zero, bf16=dtype == "bf16", optim=optim)
+    layout = module.prove(engine)
     trained, total = engine.num_elements()
     text = "frozen" if optim is None else f"{trained:,} trained"
     kind = type(module.core).__name__
     sharding = f"ZeRO-{zero.stage}" + (f", {held_elements(module)[0]:,} held here" if zero.stage == 3 else "")
-    logger.info("%s: %s, %s parameters (%s), %s, %s", role, kind, f"{total:,}", text, dtype, sharding)
+    logger.info("%s: %s, %s parameters (%s), %s, %s, %s", role, kind, f"{total:,}", text, dtype, sharding, layout)
     return engine

@@ -1,0 +1,161 @@
+"""Attention within a flat row of trees: a trunk's tokens see the trunk up to themselves, a branch's also the branch.
+
+A branch's attention is computed in two parts, over the trunk and over itself, whose results are joined by their
+normalisers. So the trunk is read for all its branches at once, and nothing is copied or masked:
+
+    out = sum_i exp(lse_i - lse) out_i,    lse = log sum_i exp(lse_i)
+
+The gradient of a part, given the joined output and normaliser, is that of ordinary attention [FlashAttention,
+arXiv:2205.14135 appendix B.2: dS = P (dP - rowsum(dO O))], which needs of the other parts nothing but these two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.nn.functional import scaled_dot_product_attention
+
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Span(NamedTuple):
+    """Flat tokens start..stop - 1."""
+
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """These tokens of (1, H, N, ...)."""
+        return tensor[:, :, self.start : self.stop]
+
+
+class Tree(NamedTuple):
+    """A trunk, which may be empty, and its branches, which stand behind it one after the other."""
+
+    trunk: Span
+    branches: tuple[Span, ...]
+
+    @property
+    def crown(self) -> Span:
+        """All branches."""
+        return Span(self.trunk.stop, self.branches[-1].stop if self.branches else self.trunk.stop)
+
+
+class Part(NamedTuple):
+    """Queries that attend to keys: to all of them, or each up to its own place."""
+
+    queries: Span
+    keys: Span
+    causal: bool
+
+
+@dataclass(frozen=True)
+class TreeLayout:
+    """The trees that fill a flat row. The row's tokens attend as `rlhf.models.attention.Layout` asks."""
+
+    trees: tuple[Tree, ...]
+
+    def attend(
+        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+    ) -> Tensor:
+        """See `rlhf.models.attention.Layout`; B is 1."""
+        if window is not None and window < self.longest:
+            return self._masked(query, key, value, scale, window)
+        if query.device.type == "cpu":
+            out: Tensor = _TreeAttention.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
+            return out
+        return self._masked(query, key, value, scale, None)
+
+    def parts(self) -> Iterator[Part]:
+        """What attends to what: trunks and branches to themselves, branches to their trunk."""
+        for tree in self.trees:
+            for span in (tree.trunk, *tree.branches):
+                if span.stop > span.start:
+                    yield Part(span, span, causal=True)
+            if self.has_both(tree):
+                yield Part(tree.crown, tree.trunk, causal=False)
+
+    @staticmethod
+    def has_both(tree: Tree) -> bool:
+        """Whether there are branches that see a trunk."""
+        return bool(tree.branches) and tree.trunk.stop > tree.trunk.start
+
+    @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(
+            tree.trunk.stop - tree.trunk.start + max((b.stop - b.start for b in tree.branches), default=0)
+            for tree in self.trees
+        )
+
+    def _masked(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """Span by span with a mask over trunk and span: for windows, and where there is no kernel that tells lse."""
+        found = []
+        for tree in self.trees:
+            for span in (tree.trunk, *tree.branches):
+                if span.stop == span.start:
+                    continue
+                before = tree.trunk if span is not tree.trunk else Span(span.start, span.start)
+                keys, values = (torch.cat([before.of(t), span.of(t)], 2) for t in (key, value))
+                mask = _causal(span.stop - span.start, keys.shape[2], window, query.device)
+                found.append(
+                    scaled_dot_product_attention(span.of(query), keys, values, mask, scale=scale, enable_gqa=True)
+                )
+        return torch.cat(found, 2).transpose(1, 2)
+
+
+def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
+    """(queries, keys) bool: the last `queries` of `keys` tokens see themselves and what is before, or a window of it."""
+    places = torch.arange(keys, device=device)
+    own = places[keys - queries :, None]
+    seen = places <= own
+    return seen if window is None else seen & (places > own - window)
+
+
+class _TreeAttention(Function):
+    """`TreeLayout` with PyTorch's flash kernel for CPUs, one node of the graph a layer."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float | None) -> Tensor:
+        _, heads, tokens, width = query.shape
+        out = query.new_empty(1, tokens, heads, width).transpose(1, 2)  # as the caller wants it, in memory
+        lse = torch.empty(1, heads, tokens, dtype=torch.float32)
+        for queries, keys, causal in layout.parts():
+            found, total = _flash(queries.of(query), keys.of(key), keys.of(value), 0.0, causal, scale=scale)
+            if causal:
+                queries.of(out).copy_(found)
+                queries.of(lse).copy_(total)
+            else:
+                _join(queries.of(out), queries.of(lse), found, total)
+        ctx.layout, ctx.scale = layout, scale
+        ctx.save_for_backward(query, key, value, out, lse)
+        return out.transpose(1, 2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, lse = ctx.saved_tensors
+        grad = grad.transpose(1, 2)
+        grads = [torch.empty_like(each) for each in (query, key, value)]
+        for queries, keys, causal in ctx.layout.parts():
+            given = (queries.of(grad), queries.of(query), keys.of(key), keys.of(value), queries.of(out), queries.of(lse))
+            found = _flash_backward(*given, 0.0, causal, scale=ctx.scale)
+            for whole, part, span in zip(grads, found, (queries, keys, keys), strict=True):
+                # Every token is first the query and the key of its own span, then of others.
+                span.of(whole).copy_(part) if causal else span.of(whole).add_(part)
+        return *grads, None, None
+
+
+def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
+    """Take a further part into attention's output (1, H, n, D) and normaliser (1, H, n), in place."""
+    share = torch.sigmoid(other_lse - lse)
+    lse.copy_(torch.logaddexp(lse, other_lse))
+    out.lerp_(other, share.unsqueeze(-1).to(out.dtype))
