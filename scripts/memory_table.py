@@ -130,16 +130,17 @@ class Roles:
         """Look back with all four roles, then one step of the actor and one of the critic. Returns tokens read."""
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(5, 260, (ROWS, PROMPT + ANSWER), generator=draw).to(self.actor.device)
-        attention = torch.ones_like(ids)
+        attention = torch.ones_like(ids, dtype=torch.bool)
+        answers = attention[:, PROMPT:]
         with self.actor.evaluating(), self.critic.evaluating():
-            self.actor(ids, attention, start=PROMPT)
-            advantages = self.reference(ids, attention, start=PROMPT) + self.reward(ids, attention)[:, None]
-            returns = self.critic(ids, attention, start=PROMPT) + 1.0
+            self.actor(ids, attention, answers)
+            advantages = self.reference(ids, attention, answers) + self.reward(ids, attention)[:, None]
+            returns = self.critic(ids, attention, answers) + 1.0
         counts = {"tokens": float(ROWS * ANSWER * dist.world_size())}
-        logprobs = self.actor(ids, attention, start=PROMPT)
+        logprobs = self.actor(ids, attention, answers)
         self.actor.backward(Loss({"policy": (-(logprobs * advantages).sum(), "tokens", 1.0)}), counts)
         self.actor.step(1e-5)
-        values = self.critic(ids, attention, start=PROMPT)
+        values = self.critic(ids, attention, answers)
         self.critic.backward(Loss({"value": ((values - returns).pow(2).sum(), "tokens", 1.0)}), counts)
         self.critic.step(1e-5)
         return ids.numel()

@@ -42,7 +42,7 @@ from rlhf.run.lineage import content_hash
 from rlhf.run.rundir import RunDir
 from rlhf.train.catalogue import chosen
 from rlhf.train.describe_preferences import implicit
-from rlhf.train.objectives import trained, join
+from rlhf.train.objectives import join, trained
 from scripts.algorithms import RECIPES, ROOT, Task, train
 from scripts.make_docs import table
 

@@ -25,7 +25,8 @@ ALLOWED = {
         "rlhf.batch", "rlhf.recipe",
     },
     "models": {
-        "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe", "rlhf.algo.logprobs",
+        "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe",
+        "rlhf.algo.logprobs",
     },
     "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},

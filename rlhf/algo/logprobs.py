@@ -79,7 +79,8 @@ def entropy(logits: Tensor, total: Tensor | None = None) -> Tensor:
     finite = torch.where(logits == -torch.inf, logits.new_zeros(()), logits)
     if total is None:
         total = logits.logsumexp(-1, keepdim=True)
-    return total.squeeze(-1) - torch.linalg.vecdot((logits - total).exp(), finite)
+    mean: Tensor = torch.linalg.vecdot((logits - total).exp(), finite)
+    return total.squeeze(-1) - mean
 
 
 def log1mexp(logprobs: Tensor) -> Tensor:
@@ -182,8 +183,9 @@ class _TokenLogprobs(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
-        logits, *known = ctx.saved_tensors
+        logits, columns, chosen, total, smallest = ctx.saved_tensors
         scaled = scale_logits(logits, temperature=ctx.temperature)
         owned = scaled.clone() if scaled is logits else scaled
         slopes = grad.unsqueeze(-1) / ctx.temperature
-        return gradient_of_logits_(owned, *known, slopes).to(logits.dtype), None, None, None, None
+        found = gradient_of_logits_(owned, columns, chosen, total, smallest, slopes)
+        return found.to(logits.dtype), None, None, None, None

@@ -20,11 +20,20 @@ class Layout(Protocol):
     """How the tokens of one forward pass attend to each other."""
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        dropout: float = 0.0,
     ) -> Tensor:
         """query (B, H, N, D), key and value (B, Hkv, N, D) -> (B, N, H, D).
 
         layer: the layer's number. scale: of the scores; None: 1 / sqrt(D). window: the most tokens one attends to.
+        dropout: the probability that an attention weight is set to 0.
         """
 
 
@@ -44,9 +53,9 @@ def attention(
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
     if unknown:
         raise NotImplementedError(f"attention with {', '.join(unknown)}")
-    window = options.get("sliding_window")
     number: int = module.layer_idx  # type: ignore[assignment]
-    return layout.attend(number, query, key, value, scale=options.get("scaling"), window=window), None
+    rules = {"scale": options.get("scaling"), "window": options.get("sliding_window")}
+    return layout.attend(number, query, key, value, **rules, dropout=options.get("dropout", 0.0)), None
 
 
 AttentionInterface.register(NAME, attention)

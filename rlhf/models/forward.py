@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -161,8 +161,8 @@ class PolicyModule(RoleModule):
         """
         _check_mask(ids, mask)
         question = Question(ids[:, -mask.shape[1] :][mask], sampling, entropy, ref_distribution, contrast, whole)
-        answers = self._packed(ids, attention, mask, question) if self.packs else self._plain(
-            ids, attention, mask, question
+        answers = (
+            self._packed(ids, attention, mask, question) if self.packs else self._plain(ids, attention, mask, question)
         )
         if whole:
             return answers[0]

@@ -29,8 +29,8 @@ from rlhf.algo.logprobs import (
 )
 from rlhf.recipe.schema import SamplingBlock
 
-PIECE = 2**20  # logits that exist at a time: a few MB, which a CPU's cache still holds
-KEPT = 2**25  # logits that are kept for backward rather than made again
+PIECE = 2**22  # logits that exist at a time
+KEPT = 2**26  # logits that are kept for backward rather than made again, which costs a fourth matrix product
 
 
 @dataclass(frozen=True)
@@ -55,10 +55,10 @@ class Question:
         """Whether log-probs, and the entropy's value, are all that is asked for."""
         return not (self.whole or self.contrast or self.entropy == "gradient") and self.ref_distribution is None
 
-    def part(self, start: int, stop: int) -> Question:
+    def part(self, cut: slice) -> Question:
         """The question about some of the positions."""
-        ref = None if self.ref_distribution is None else self.ref_distribution[start:stop]
-        return replace(self, targets=self.targets[start:stop], ref_distribution=ref)
+        ref = None if self.ref_distribution is None else self.ref_distribution[cut]
+        return replace(self, targets=self.targets[cut], ref_distribution=ref)
 
     def answer(self, logits: Tensor) -> tuple[Tensor, ...]:
         """From logits (M, V): (M,) log-probs and, in the order above, what else is asked for; float32."""
@@ -100,15 +100,14 @@ def in_pieces(
 ) -> tuple[Tensor, ...]:
     """The answer from a head of any kind; a piece's logits are made again in backward."""
 
-    def piece(start: int, stop: int) -> tuple[Tensor, ...]:
-        return question.part(start, stop).answer(head(hidden[start:stop]))
+    def piece(cut: slice) -> tuple[Tensor, ...]:
+        return question.part(cut).answer(head(hidden[cut]))
 
-    rows = max(1, PIECE // vocabulary)
-    cuts = [(start, min(start + rows, len(hidden))) for start in range(0, max(1, len(hidden)), rows)]
+    cuts = _pieces(len(hidden), vocabulary)
     if torch.is_grad_enabled() and len(cuts) > 1:
-        found = [checkpoint(piece, *cut, use_reentrant=False) for cut in cuts]
+        found = [checkpoint(piece, cut, use_reentrant=False) for cut in cuts]
     else:
-        found = [piece(*cut) for cut in cuts]
+        found = [piece(cut) for cut in cuts]
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
@@ -135,56 +134,81 @@ class _LinearLogprobs(Function):
         sampling: SamplingBlock,
         wants_entropy: bool,
     ) -> tuple[Tensor, Tensor | None]:
-        keep = any(ctx.needs_input_grad) and len(hidden) * len(weight) <= KEPT
-        chosen, total, entropy, kept, smallest = [], [], [], [], []
-        for hiddens, wanted in zip(*_pieces(len(weight), hidden, targets), strict=True):
-            logits = nn.functional.linear(hiddens, weight, bias)
+        rows, vocabulary = len(hidden), len(weight)
+        keep = any(ctx.needs_input_grad) and rows * vocabulary <= KEPT
+        kept = hidden.new_empty(rows, vocabulary) if keep else None
+        found: list[tuple[Tensor | None, ...]] = []
+        for piece in _pieces(rows, vocabulary):
+            logits = _logits(hidden[piece], weight, bias, None if kept is None else kept[piece])
             scaled = scale_logits(logits, temperature=sampling.temperature)
-            found = target_and_total(scaled, wanted.unsqueeze(-1), top_k=sampling.top_k, top_p=sampling.top_p)
-            for each, into in zip(found, (chosen, total, smallest), strict=True):
-                into.append(each)
-            if wants_entropy:
-                if found[2] is None:
-                    entropy.append(distribution_entropy(scaled, total=found[1]))
-                else:
-                    entropy.append(distribution_entropy(scaled.masked_fill(scaled < found[2], -torch.inf)))
-            if keep:
-                kept.append(logits)
-        ctx.kept, ctx.smallest, ctx.sampling = kept, smallest, sampling
-        columns = torch.cat(chosen), torch.cat(total)
-        ctx.save_for_backward(hidden, weight, bias, targets, *columns)
-        numbers = torch.cat(entropy) if wants_entropy else None
-        if numbers is not None:
-            ctx.mark_non_differentiable(numbers)
-        return (columns[0] - columns[1]).squeeze(-1), numbers
+            columns = targets[piece].unsqueeze(-1)
+            known = target_and_total(scaled, columns, top_k=sampling.top_k, top_p=sampling.top_p)
+            found.append((*known, _entropy(scaled, *known[1:]) if wants_entropy else None))
+        chosen, total, smallest, entropy = (
+            None if parts[0] is None else torch.cat(parts) for parts in zip(*found, strict=True)
+        )
+        ctx.kept, ctx.sampling = kept, sampling
+        ctx.save_for_backward(hidden, weight, bias, targets, chosen, total, smallest)
+        if entropy is not None:
+            ctx.mark_non_differentiable(entropy)
+        return (chosen - total).squeeze(-1), entropy
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, *columns = ctx.saved_tensors
-        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight) if needs_weight else None
-        grad_bias = torch.zeros_like(bias) if needs_bias else None
-        place = 0
-        for i, (hiddens, *each) in enumerate(zip(*_pieces(len(weight), hidden, *columns, grad), strict=True)):
-            logits = ctx.kept[i] if ctx.kept else nn.functional.linear(hiddens, weight, bias)
-            wanted, chosen, total, slope = each
-            scaled = scale_logits(logits, temperature=ctx.sampling.temperature)
-            slopes = slope.unsqueeze(-1) / ctx.sampling.temperature
+        hidden, weight, bias, targets, chosen, total, smallest = ctx.saved_tensors
+        kept, ctx.kept = ctx.kept, None
+        temperature = ctx.sampling.temperature
+        slopes = grad.unsqueeze(-1) / temperature
+        grads = [
+            torch.zeros_like(each) if needed else None
+            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
+        ]
+        for piece in _pieces(len(hidden), len(weight)):
+            logits = _logits(hidden[piece], weight, bias, None) if kept is None else kept[piece]
             by_logits = gradient_of_logits_(
-                scaled, wanted.unsqueeze(-1), chosen, total, ctx.smallest[i], slopes
-            ).to(weight.dtype)
-            if grad_hidden is not None:
-                torch.mm(by_logits, weight, out=grad_hidden[place : place + len(hiddens)])
-            if grad_weight is not None:
-                grad_weight.addmm_(by_logits.T, hiddens)
-            if grad_bias is not None:
-                grad_bias += by_logits.sum(0)
-            place += len(hiddens)
-        ctx.kept = []
-        return grad_hidden, grad_weight, grad_bias, None, None, None
+                scale_logits(logits, temperature=temperature),
+                targets[piece].unsqueeze(-1),
+                chosen[piece],
+                total[piece],
+                None if smallest is None else smallest[piece],
+                slopes[piece],
+            )
+            if kept is None:
+                _multiply(grads, piece, by_logits.to(weight.dtype), hidden, weight)
+            elif by_logits.data_ptr() != logits.data_ptr():
+                logits.copy_(by_logits)
+        if kept is not None:
+            _multiply(grads, slice(None), kept, hidden, weight)
+        return *grads, None, None, None
 
 
-def _pieces(vocabulary: int, *tensors: Tensor) -> list[tuple[Tensor, ...]]:
-    return [tensor.split(max(1, PIECE // vocabulary)) for tensor in tensors]
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    """(m, H) -> (m, V), into `out` where there is one."""
+    if out is None:
+        return nn.functional.linear(hidden, weight, bias)
+    return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+
+
+def _entropy(scaled: Tensor, total: Tensor, smallest: Tensor | None) -> Tensor:
+    """(m,) of the truncated distribution, without the target where that fell out of it."""
+    if smallest is None:
+        return distribution_entropy(scaled, total=total)
+    return distribution_entropy(scaled.masked_fill(scaled < smallest, -torch.inf))
+
+
+def _multiply(grads: list[Tensor | None], piece: slice, by_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    """Add what the logits' gradient (m, V) of a piece gives to hidden states, weight and bias, where they want it."""
+    by_hidden, by_weight, by_bias = grads
+    if by_hidden is not None:
+        torch.mm(by_logits, weight, out=by_hidden[piece])
+    if by_weight is not None:
+        by_weight.addmm_(by_logits.T, hidden[piece])
+    if by_bias is not None:
+        by_bias += by_logits.sum(0)
+
+
+def _pieces(rows: int, vocabulary: int) -> list[slice]:
+    """Consecutive rows whose logits are PIECE numbers or less; one piece, though empty, of no rows."""
+    size = max(1, PIECE // vocabulary)
+    return [slice(start, min(start + size, rows)) for start in range(0, max(1, rows), size)]

@@ -73,7 +73,10 @@ def shared_beginnings(rows: list[np.ndarray]) -> list[tuple[list[int], int]]:
     keys = [row.astype(">u4").tobytes() for row in rows]
     order = sorted(range(len(rows)), key=keys.__getitem__)
     common = np.array([_common(rows[a], rows[b]) for a, b in zip(order, order[1:], strict=False)], np.int64)
-    best, starts = np.zeros(len(rows) + 1, np.int64), [0]  # of the first j rows: tokens saved; where the last run starts
+    best, starts = (
+        np.zeros(len(rows) + 1, np.int64),
+        [0],
+    )  # of the first j rows: tokens saved; where the last run starts
     for j in range(1, len(rows) + 1):
         # The run that ends with row j - 1 starts at i = j - 1, j - 2, ..., 0 and shares the least of the neighbours'.
         shared = np.concatenate([[0], np.minimum.accumulate(common[: j - 1][::-1])])

@@ -64,15 +64,23 @@ class TreeLayout:
     trees: tuple[Tree, ...]
 
     def attend(
-        self, layer: int, query: Tensor, key: Tensor, value: Tensor, *, scale: float | None, window: int | None
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        window: int | None,
+        dropout: float = 0.0,
     ) -> Tensor:
         """See `rlhf.models.attention.Layout`; B is 1."""
-        if window is not None and window < self.longest:
-            return self._masked(query, key, value, scale, window)
-        if query.device.type == "cpu":
+        if window is not None and window >= self.longest:
+            window = None
+        if query.device.type == "cpu" and window is None and not dropout:
             out: Tensor = _TreeAttention.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
             return out
-        return self._masked(query, key, value, scale, None)
+        return self._masked(query, key, value, scale, window, dropout)
 
     def parts(self) -> Iterator[Part]:
         """What attends to what: trunks and branches to themselves, branches to their trunk."""
@@ -96,7 +104,9 @@ class TreeLayout:
             for tree in self.trees
         )
 
-    def _masked(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+    def _masked(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, dropout: float
+    ) -> Tensor:
         """Span by span with a mask over trunk and span: for windows, and where there is no kernel that tells lse."""
         found = []
         for tree in self.trees:
@@ -106,14 +116,13 @@ class TreeLayout:
                 before = tree.trunk if span is not tree.trunk else Span(span.start, span.start)
                 keys, values = (torch.cat([before.of(t), span.of(t)], 2) for t in (key, value))
                 mask = _causal(span.stop - span.start, keys.shape[2], window, query.device)
-                found.append(
-                    scaled_dot_product_attention(span.of(query), keys, values, mask, scale=scale, enable_gqa=True)
-                )
+                options = {"dropout_p": dropout, "scale": scale, "enable_gqa": True}
+                found.append(scaled_dot_product_attention(span.of(query), keys, values, mask, **options))
         return torch.cat(found, 2).transpose(1, 2)
 
 
 def _causal(queries: int, keys: int, window: int | None, device: torch.device) -> Tensor:
-    """(queries, keys) bool: the last `queries` of `keys` tokens see themselves and what is before, or a window of it."""
+    """(queries, keys) bool: the last tokens of `keys` see themselves and what is before, at most `window` tokens."""
     places = torch.arange(keys, device=device)
     own = places[keys - queries :, None]
     seen = places <= own
@@ -146,7 +155,14 @@ class _TreeAttention(Function):
         grad = grad.transpose(1, 2)
         grads = [torch.empty_like(each) for each in (query, key, value)]
         for queries, keys, causal in ctx.layout.parts():
-            given = (queries.of(grad), queries.of(query), keys.of(key), keys.of(value), queries.of(out), queries.of(lse))
+            given = (
+                queries.of(grad),
+                queries.of(query),
+                keys.of(key),
+                keys.of(value),
+                queries.of(out),
+                queries.of(lse),
+            )
             found = _flash_backward(*given, 0.0, causal, scale=ctx.scale)
             for whole, part, span in zip(grads, found, (queries, keys, keys), strict=True):
                 # Every token is first the query and the key of its own span, then of others.

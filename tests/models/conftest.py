@@ -53,7 +53,7 @@ def tiny() -> Callable[..., nn.Module]:
     """tiny("llama") is a causal language model, tiny("llama", scorer=True) has a scalar head; weights from a seed."""
 
     def make(name: str, scorer: bool = False, **changes: object) -> nn.Module:
-        config = AutoConfig.for_model(name, **{**COMMON, **FAMILIES[name], "pad_token_id": 0, **changes})
+        config = AutoConfig.for_model(name, **{**COMMON, **FAMILIES.get(name, {}), "pad_token_id": 0, **changes})
         auto_class = AutoModelForCausalLM
         if scorer:
             config.num_labels, auto_class = 1, AutoModelForSequenceClassification

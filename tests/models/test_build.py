@@ -25,6 +25,11 @@ INIT = InitBlock(hidden=32, layers=2, heads=4, kv_heads=2, context=64)
 SETUP = Setup.to_train(ModelBlock(init=INIT), seed=3)
 
 
+def after(ids: torch.Tensor, start: int) -> torch.Tensor:
+    """The mask of all columns from `start` on."""
+    return torch.ones_like(ids, dtype=torch.bool)[:, start:]
+
+
 def equal(one: nn.Module, other: nn.Module) -> bool:
     theirs = other.state_dict()
     return all(value.equal(theirs[name]) for name, value in one.state_dict().items())
@@ -141,7 +146,7 @@ def test_dropout_is_off_unless_asked_for(tokenizer, tiny, tmp_path, name):
     for dropout in (False, True):
         policy = PolicyModule(build_policy(str(tmp_path), tokenizer, replace(SETUP, dropout=dropout)))
         assert policy.training
-        calls[dropout] = [policy(ids, torch.ones_like(ids), start=1) for _ in range(2)]
+        calls[dropout] = [policy(ids, torch.ones_like(ids), after(ids, 1)) for _ in range(2)]
     assert calls[False][0].equal(calls[False][1])
     assert not calls[True][0].equal(calls[True][1])
     off = build_policy(str(tmp_path), tokenizer, SETUP)
@@ -185,7 +190,7 @@ def test_gradient_checkpointing_changes_no_gradient(tokenizer, policy_folder, lo
     for checkpointing in (False, True):
         setup = replace(SETUP, lora=lora, gradient_checkpointing=checkpointing)
         policy = PolicyModule(build_policy(policy_folder, tokenizer, setup))
-        policy(ids, torch.ones_like(ids), start=2).sum().backward()
+        policy(ids, torch.ones_like(ids), after(ids, 2)).sum().backward()
         gradients.append([p.grad for p in policy.parameters() if p.requires_grad])
     for plain, checkpointed in zip(*gradients, strict=True):
         torch.testing.assert_close(plain, checkpointed, atol=1e-5, rtol=0)
@@ -226,7 +231,7 @@ def test_an_adapter_folder_is_merged_into_its_base(tokenizer, policy_folder, tmp
         keep = (lambda *args: build_scorer(*args, head="keep")) if kind == "scorer" else make
         merged = keep(str(folder), tokenizer, SETUP)
         assert [name for name, p in merged.named_parameters() if not p.requires_grad] == []
-        options = {"start": 2} if kind == "policy" else {}
+        options = {"mask": after(ids, 2)} if kind == "policy" else {}
         expected = module(adapted)(ids, torch.ones_like(ids), **options)
         torch.testing.assert_close(module(merged)(ids, torch.ones_like(ids), **options), expected, atol=1e-5, rtol=0)
     assert has_score_head(str(tmp_path / "scorer-adapter"), None)

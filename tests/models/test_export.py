@@ -153,8 +153,8 @@ def test_a_published_policy_builds_again(tiny, tokenizer, tmp_path):
     save_policy(module, tokenizer, tmp_path)
     setup = Setup.to_train(ModelBlock(path=str(tmp_path), lora=LoraBlock(rank=2)), seed=0)
     again = PolicyModule(build_policy(str(tmp_path), tokenizer, setup))
-    ones = torch.ones_like(IDS)
-    torch.testing.assert_close(again(IDS, ones, start=2), module(IDS, ones, start=2), atol=2e-5, rtol=0)
+    ones = torch.ones_like(IDS, dtype=torch.bool)
+    torch.testing.assert_close(again(IDS, ones, ones[:, 2:]), module(IDS, ones, ones[:, 2:]), atol=2e-5, rtol=0)
 
 
 def test_nothing_broken_is_published(tiny, tokenizer, tmp_path):

@@ -37,7 +37,7 @@ def test_sampler_logprobs_are_those_of_training(tiny, family, prompts, options):
     policy = PolicyModule(tiny(family))
     rollout = answer(policy, prompts, answers=3, **options)
     sampling = SamplingBlock(**options)
-    logprobs = policy(rollout.ids, rollout.attention, start=prompts.ids.shape[1], sampling=sampling)
+    logprobs = policy(rollout.ids, rollout.attention, rollout.response_mask, sampling=sampling)
     gap = torch.where(rollout.response_mask, logprobs - rollout.sample_logprobs, 0.0).abs().max()
     assert gap <= 1e-4
     assert rollout.sample_logprobs.dtype == torch.float32
@@ -168,7 +168,7 @@ def test_bf16_policies_sample(tiny, prompts):
     policy = PolicyModule(tiny("llama").bfloat16())
     rollout = answer(policy, prompts, answers=2)
     assert rollout.sample_logprobs.dtype == torch.float32
-    logprobs = policy(rollout.ids, rollout.attention, start=prompts.ids.shape[1])
+    logprobs = policy(rollout.ids, rollout.attention, rollout.response_mask)
     gap = torch.where(rollout.response_mask, logprobs - rollout.sample_logprobs, 0.0).abs().mean()
     assert gap < 0.1  # bf16 rounds differently in batches of other shapes
 

@@ -20,6 +20,11 @@ FROZEN = replace(LORA, lora=None, trained=False)
 START = 4
 
 
+def after(ids: torch.Tensor) -> torch.Tensor:
+    """The mask of all columns from START on."""
+    return torch.ones_like(ids, dtype=torch.bool)[:, START:]
+
+
 def stir(module: torch.nn.Module, seed: int, scale: float = 0.2) -> None:
     """Trained weights that are far from where they started."""
     draw = torch.Generator().manual_seed(seed)
@@ -86,13 +91,13 @@ def test_a_base_that_is_the_policys_start(folders, tokenizer, family, ragged):
     shared, (ids, attention) = on_the_start(folders, tokenizer, family), ragged[1]("left")
     policy, rm = separate(folders, "sft", tokenizer, family), separate(folders, "rm2", tokenizer, family, head="keep")
     for role in ("policy", "reference"):
-        close(shared(ids, attention, role=role, start=START), policy(ids, attention, START))
+        close(shared(ids, attention, mask=after(ids), role=role), policy(ids, attention, after(ids)))
     close(shared(ids, attention, role="rewards_0"), rm(ids, attention))
-    close(shared(ids, attention, role="critic", start=START), rm(ids, attention, START))
+    close(shared(ids, attention, mask=after(ids), role="critic"), rm(ids, attention, after(ids)))
     sampling = SamplingBlock(temperature=0.7, top_k=9)
     for found, expected in zip(
-        shared(ids, attention, role="policy", start=START, sampling=sampling, entropy="value"),
-        policy(ids, attention, START, sampling, entropy="value"),
+        shared(ids, attention, mask=after(ids), role="policy", sampling=sampling, entropy="value"),
+        policy(ids, attention, after(ids), sampling, entropy="value"),
         strict=True,
     ):
         close(found, expected)
@@ -103,14 +108,14 @@ def test_a_base_that_the_policy_is_an_adapter_on(folders, tokenizer, family, rag
     shared, (ids, attention) = on_the_adapters_base(folders, tokenizer, family), ragged[1]("right")
     policy, rm = separate(folders, "sft", tokenizer, family), separate(folders, "rm", tokenizer, family, head="keep")
     for role in ("policy", "reference"):
-        close(shared(ids, attention, role=role, start=START), policy(ids, attention, START))
+        close(shared(ids, attention, mask=after(ids), role=role), policy(ids, attention, after(ids)))
     close(shared(ids, attention, role="rewards_0"), rm(ids, attention))
     critic = separate(folders, "sft", tokenizer, family, head="new")  # the policy's weights under a head of its own
-    close(shared(ids, attention, role="critic", start=START), critic(ids, attention, START))
+    close(shared(ids, attention, mask=after(ids), role="critic"), critic(ids, attention, after(ids)))
     for parameter in shared.own("policy").values():
         parameter.mul_(1.5)
-    close(shared(ids, attention, role="reference", start=START), policy(ids, attention, START))
-    moved = shared(ids, attention, role="policy", start=START) - policy(ids, attention, START)
+    close(shared(ids, attention, mask=after(ids), role="reference"), policy(ids, attention, after(ids)))
+    moved = shared(ids, attention, mask=after(ids), role="policy") - policy(ids, attention, after(ids))
     assert moved.abs().max() > 1e-2
 
 
@@ -122,10 +127,10 @@ def test_a_loss_reaches_exactly_its_role(folders, tokenizer, family, ragged):
     assert not own["policy"] & own["critic"] and len(own["critic"]) == len(own["policy"]) + 1
     for role in ("policy", "critic"):
         shared.zero_grad()
-        shared(ids, attention, role=role, start=START).sum().backward()
+        shared(ids, attention, mask=after(ids), role=role).sum().backward()
         assert {name for name, p in shared.named_parameters() if p.grad is not None} == own[role]
         with torch.no_grad():
-            shared(ids, attention, role="reference", start=START), shared(ids, attention, role="rewards_0")
+            shared(ids, attention, mask=after(ids), role="reference"), shared(ids, attention, role="rewards_0")
         assert {name: p.requires_grad for name, p in shared.named_parameters()} == flags
 
 
@@ -137,7 +142,7 @@ def test_checkpointed_layers_give_the_same_gradients(folders, tokenizer, family,
         roles = {"policy": Role(None, trained=True), "critic": Role(str(folders / "rm2" / "adapter"), "keep", True)}
         shared = build_shared(str(folders / "sft"), tokenizer, setup, roles, revision=None)
         for role in ("policy", "critic"):
-            shared(ids, attention, role=role, start=START).sum().backward()
+            shared(ids, attention, mask=after(ids), role=role).sum().backward()
         found.append({name: p.grad for name, p in shared.named_parameters() if p.requires_grad})
     assert found[0].keys() == found[1].keys()
     for name, gradient in found[0].items():
@@ -151,14 +156,14 @@ def test_published_roles_are_plain_models_and_adapters(folders, tokenizer, famil
         shared = build(folders, tokenizer, family)
         stir(shared, 4, scale=0.02)
         state = dict(shared.named_parameters(remove_duplicate=False))
-        expected = {role: shared(ids, attention, role=role, start=START) for role in ("policy", "critic")}
+        expected = {role: shared(ids, attention, mask=after(ids), role=role) for role in ("policy", "critic")}
         for role, save, head in (("policy", save_policy, None), ("critic", save_scorer, "keep")):
             module, weights = alone(shared, role, state)
             out = folders / f"{kind}-{role}"
             save(module, tokenizer, out, weights)
             for source in (out.name, f"{out.name}/adapter"):
                 model = separate(folders, source, tokenizer, family, head=head)
-                close(model(ids, attention, START), expected[role])
+                close(model(ids, attention, after(ids)), expected[role])
 
 
 @pytest.mark.parametrize("family", ["llama"])

@@ -66,13 +66,13 @@ def batch() -> Batch:
 
 def policy_loss(call: Callable[..., Tensor], rows: Batch) -> Loss:
     """Policy gradient, summed over tokens."""
-    logprobs = call(rows.ids, rows.attention, start=5, sampling=SAMPLING)
+    logprobs = call(rows.ids, rows.attention, rows.mask, sampling=SAMPLING)
     return Loss({"policy": (-(logprobs * rows.advantages)[rows.mask].sum(), "tokens", 1.0)})
 
 
 def value_loss(call: Callable[..., Tensor], rows: Batch) -> Loss:
     """Squared error, summed over tokens."""
-    values = call(rows.ids, rows.attention, start=5)
+    values = call(rows.ids, rows.attention, rows.mask)
     return Loss({"value": ((values - rows.returns)[rows.mask].pow(2).sum(), "tokens", 0.005)})
 
 
@@ -124,10 +124,10 @@ class Run:
         rows = batch()
         with self.actor.evaluating():
             return {
-                "policy": self.actor(rows.ids, rows.attention, start=5),
-                "reference": self.actor(rows.ids, rows.attention, start=5, role="reference"),
+                "policy": self.actor(rows.ids, rows.attention, rows.mask),
+                "reference": self.actor(rows.ids, rows.attention, rows.mask, role="reference"),
                 "rewards_0": self.actor(rows.ids, rows.attention, role="rewards_0"),
-                "critic": self.critic(rows.ids, rows.attention, start=5),
+                "critic": self.critic(rows.ids, rows.attention, rows.mask),
             }
 
     def sample(self) -> None:

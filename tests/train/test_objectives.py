@@ -24,8 +24,8 @@ from rlhf.train.objectives import (
     answer_logprobs,
     bind,
     experience_counts,
-    first_trained,
     join,
+    trained,
     trim,
     trim_experience,
 )
@@ -41,9 +41,9 @@ class Given:
     def __init__(self, answer) -> None:
         self.answer, self.calls = answer, []
 
-    def __call__(self, ids: Tensor, attention: Tensor, **options):
+    def __call__(self, ids: Tensor, attention: Tensor, *mask: Tensor, **options):
         self.calls.append((ids, attention, options))
-        return self.answer(ids, attention, **options)
+        return self.answer(ids, attention, *mask, **options)
 
 
 def tokens(lengths: list[int], trained_from: list[int], width: int) -> Tokens:
@@ -54,9 +54,9 @@ def tokens(lengths: list[int], trained_from: list[int], width: int) -> Tokens:
     return Tokens(ids, attention, attention & (columns >= torch.tensor(trained_from)[:, None]))
 
 
-def minus_ids(ids: Tensor, attention: Tensor, start: int, **_) -> Tensor:
+def minus_ids(ids: Tensor, attention: Tensor, mask: Tensor, **_) -> Tensor:
     """Log-probs that name their token: -id / 100."""
-    return -ids[:, start:].float() / 100
+    return -ids[:, -mask.shape[1] :].float() / 100 * mask
 
 
 # --- layout -----------------------------------------------------------------------------------------------------------
@@ -127,10 +127,10 @@ def test_counts_of_an_experience():
     assert {name: int(count) for name, count in counts.items()} == {"tokens": 3, "sequences": 2}
 
 
-def test_the_first_trained_column():
-    assert first_trained(tokens([4, 4], [3, 2], 4).mask) == 2
-    assert first_trained(tokens([4, 4], [0, 2], 4).mask) == 1  # nothing predicts the first token
-    assert first_trained(torch.zeros(2, 4, dtype=torch.bool)) == 1
+def test_the_trained_columns():
+    assert trained(tokens([4, 4], [3, 2], 4).mask).shape == (2, 2)
+    assert trained(tokens([4, 4], [0, 2], 4).mask).shape == (2, 3)  # nothing predicts the first token
+    assert trained(torch.zeros(2, 4, dtype=torch.bool)).shape == (2, 3)
 
 
 def test_answer_logprobs_are_sums_over_the_mask():
@@ -138,7 +138,7 @@ def test_answer_logprobs_are_sums_over_the_mask():
     rows = tokens([4, 3], [2, 1], 4)
     found = answer_logprobs(engine, rows)
     torch.testing.assert_close(found, torch.tensor([-(3 + 4) / 100, -(12 + 13) / 100]), atol=1e-6, rtol=0)
-    assert engine.calls[0][2] == {"start": 1}
+    assert engine.calls[0][2] == {}
 
 
 # --- losses -----------------------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_sft_is_the_sum_over_trained_tokens():
     loss = objective.loss(batch)
     assert terms(loss) == {"nll": (0.03 + 0.04 + 0.13, "tokens", 1.0)}
     assert metrics(loss) == {"loss": (0.2, "tokens"), "tokens_per_row": (3.0, "rows")}
-    assert engine.calls[0][0].shape == (2, 4) and engine.calls[0][2] == {"start": 2}
+    assert engine.calls[0][0].shape == (2, 4) and engine.calls[0][2] == {}
 
 
 def test_a_first_token_is_never_counted():
@@ -236,7 +236,7 @@ NO_KL = {"placement": "reward"}
 
 def policy(new: list[list[float]], **options) -> PolicyObjective:
     """The objective of a recipe with these options; the policy says `new`, its entropy is 2 nats per token."""
-    engine = Given(lambda ids, attention, **_: (torch.tensor(new), torch.full((2, 2), 2.0)))
+    engine = Given(lambda ids, attention, mask, **_: (torch.tensor(new), torch.full((2, 2), 2.0)))
     values = {"model": {"from": "sft"}, "data": {"path": "x"}, "aggregation": "token_mean", "kl": NO_KL, **options}
     recipe = GRPORecipe.model_validate({**values, "sampling": {"max_new_tokens": 4}})
     return PolicyObjective.from_recipe(engine, recipe, OnlineState.at_start(recipe))
@@ -338,13 +338,13 @@ def test_supervised_rows_travel_with_the_answers():
 
 
 def test_the_critic_by_hand():
-    engine = Given(lambda ids, attention, start: torch.tensor([[1.0, 0.0], [2.0, 7.0]]))
+    engine = Given(lambda ids, attention, mask: torch.tensor([[1.0, 0.0], [2.0, 7.0]]))
     objective = ValueObjective.from_block(engine, OptimBlock(), PpoValueLoss(clip=0.5))
     batch = sampled(old_values=torch.tensor([[1.0, 1.0], [1.0, 1.0]]), returns=torch.tensor([[2.0, 0.0], [3.0, 3.0]]))
     loss = objective.loss(batch)
     # (1-2)^2; 0 clipped to 0.5: max(0^2, 0.5^2); 2 clipped to 1.5: max((2-3)^2, (1.5-3)^2); halved
     assert terms(loss) == {"value": (round(0.5 * (1.0 + 0.25 + 2.25), 5), "tokens", 1.0)}
-    assert metrics(loss)["clipfrac"] == (2.0, "tokens") and engine.calls[0][2] == {"start": 1}
+    assert metrics(loss)["clipfrac"] == (2.0, "tokens") and engine.calls[0][2] == {}
 
 
 def test_objectives_name_their_group():

@@ -165,8 +165,8 @@ class Given:
 
     device = torch.device("cpu")
 
-    def __call__(self, ids, attention, start, **_):
-        return -ids[:, start:].float() / 100
+    def __call__(self, ids, attention, mask, **_):
+        return -ids[:, -mask.shape[1] :].float() / 100 * mask
 
 
 def pairs() -> Pairs:

@@ -96,10 +96,10 @@ def plain(models, one_start) -> dict:
     @torch.no_grad()
     def outputs() -> dict[str, Tensor]:
         return {
-            "policy": policy(rows.ids, rows.attention, start=5),
-            "reference": reference(rows.ids, rows.attention, start=5),
+            "policy": policy(rows.ids, rows.attention, rows.mask),
+            "reference": reference(rows.ids, rows.attention, rows.mask),
             "rewards_0": reward(rows.ids, rows.attention),
-            "critic": critic(rows.ids, rows.attention, start=5),
+            "critic": critic(rows.ids, rows.attention, rows.mask),
         }
 
     found = {"outputs": outputs(), "gradients": {}}
