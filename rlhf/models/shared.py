@@ -73,7 +73,7 @@ class SharedModule(RoleModule):
             if has_adapter:
                 layer._active_adapter = [role]
 
-    def forward(self, ids: Tensor, attention: Tensor, *, role: str, **options: Any) -> Any:
+    def forward(self, ids: Tensor, attention: Tensor, mask: Tensor | None = None, *, role: str, **options: Any) -> Any:
         """What a `PolicyModule`, or for a role with a head a `ScorerModule`, of this role's weights would return.
 
         The adapter stays on afterwards: with gradient checkpointing the backward pass runs the layers once more.
@@ -81,8 +81,8 @@ class SharedModule(RoleModule):
         self.use(role)
         if role not in self.heads:
             self._policy[0].packs = self.packs
-            return self._policy[0](ids, attention, **options)
-        return read_scores(self.heads[role], *self.states(ids, attention), attention, **{"mask": None, **options})
+            return self._policy[0](ids, attention, mask, **options)
+        return read_scores(self.heads[role], *self.states(ids, attention), attention, mask, **options)
 
     def backbone(self) -> list[nn.Parameter]:
         """The frozen weights below the language-model head: what every role uses."""
