@@ -60,7 +60,7 @@ def pack(ids: Tensor, attention: Tensor, *, share: bool = True) -> Packed:
     def tensor(array: np.ndarray) -> Tensor:
         return torch.from_numpy(array.astype(np.int64)).to(ids.device)
 
-    return Packed(tensor(flat)[None], tensor(positions)[None], tensor(place), TreeLayout(tuple(trees)))
+    return Packed(tensor(flat)[None], tensor(positions)[None], tensor(place), TreeLayout(tuple(trees), ids.device))
 
 
 def shared_beginnings(rows: list[np.ndarray]) -> list[tuple[list[int], int]]:

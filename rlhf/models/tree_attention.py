@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,11 +57,34 @@ class Part(NamedTuple):
     causal: bool
 
 
+class Sequences(NamedTuple):
+    """What a kernel for sequences of unequal length is told."""
+
+    keys: Tensor  # (K,) flat tokens, sequence after sequence
+    query_ends: Tensor  # (S + 1,) int32 cumulative lengths
+    key_ends: Tensor  # (S + 1,) int32
+    most_queries: int
+    most_keys: int
+
+
+def kernel_for(query: Tensor) -> Literal["spans", "varlen", "masked"]:
+    """Which kernel computes attention, by device and type.
+
+    spans: PyTorch's flash kernel for CPUs, span by span. varlen: its FlashAttention for CUDA, which knows 16-bit types
+    only. masked: SDPA with a mask, span by span, anywhere.
+    """
+    if query.device.type == "cpu":
+        return "spans"
+    has_flash = query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    return "varlen" if has_flash and query.dtype in (torch.bfloat16, torch.float16) else "masked"
+
+
 @dataclass(frozen=True)
 class TreeLayout:
     """The trees that fill a flat row. The row's tokens attend as `rlhf.models.attention.Layout` asks."""
 
     trees: tuple[Tree, ...]
+    device: torch.device  # of the row
 
     def attend(
         self,
@@ -77,9 +100,12 @@ class TreeLayout:
         """See `rlhf.models.attention.Layout`; B is 1."""
         if window is not None and window >= self.longest:
             window = None
-        if query.device.type == "cpu" and window is None and not dropout:
+        kernel = kernel_for(query)
+        if kernel == "spans" and window is None and not dropout:
             out: Tensor = _TreeAttention.apply(query, key, value, self, scale)  # type: ignore[no-untyped-call]
             return out
+        if kernel == "varlen" and not dropout:
+            return self._varlen(query, key, value, scale, window)
         return self._masked(query, key, value, scale, window, dropout)
 
     def parts(self) -> Iterator[Part]:
@@ -103,6 +129,42 @@ class TreeLayout:
             tree.trunk.stop - tree.trunk.start + max((b.stop - b.start for b in tree.branches), default=0)
             for tree in self.trees
         )
+
+    @cached_property
+    def sequences(self) -> Sequences:
+        """Every span as a sequence of queries with its own keys: the trunk's, then its own."""
+        keys: list[Tensor] = []
+        lengths = []
+        for tree in self.trees:
+            for span in (tree.trunk, *tree.branches):
+                if span.stop > span.start:
+                    before = Span(span.start, span.start) if span is tree.trunk else tree.trunk
+                    own = [torch.arange(*part) for part in (before, span)]
+                    keys += own
+                    lengths.append((len(own[1]), len(own[0]) + len(own[1])))
+        ends = torch.tensor([(0, 0), *lengths]).cumsum(0).to(torch.int32).T.contiguous().to(self.device)
+        most = [max(column) for column in zip(*lengths, strict=True)]
+        return Sequences(torch.cat(keys).to(self.device), ends[0], ends[1], most[0], most[1])
+
+    def _varlen(self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None) -> Tensor:
+        """FlashAttention over sequences of unequal length; its causal mask ends with the last key of each."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        index, ends_q, ends_k, most_q, most_k = self.sequences
+        q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (N, H, D)
+        out: Tensor = varlen_attn(
+            q.contiguous(),
+            k[index],
+            v[index],
+            ends_q,
+            ends_k,
+            most_q,
+            most_k,
+            scale=scale,
+            window_size=(-1 if window is None else window - 1, 0),
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out[None]
 
     def _masked(
         self, query: Tensor, key: Tensor, value: Tensor, scale: float | None, window: int | None, dropout: float

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import varlen
 
+from rlhf.models import tree_attention
 from rlhf.models.build import add_lora
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.models.packing import pack, shared_beginnings
@@ -161,6 +163,43 @@ def test_a_model_with_more_than_a_head_behind_its_layers_stays_padded(tiny):
     model.forward = capped
     policy = PolicyModule(model)
     assert "change this model's numbers" in policy.prove(policy) and not policy.packs
+
+
+@pytest.mark.parametrize("window", [None, 6])
+def test_every_kernel_computes_the_same(monkeypatch, window):
+    """The tables that a kernel for unequal sequences gets, read by a loop over them; and masks against the spans."""
+    ids, attention, _ = shapes()["groups"]
+    layout, tokens = pack(ids, attention).layout, pack(ids, attention).ids.shape[1]
+    query, key, value = (torch.randn(1, heads, tokens, 8, requires_grad=True) for heads in (4, 2, 2))
+    found = []
+    for kernel in ("spans", "varlen", "masked"):
+        monkeypatch.setattr(tree_attention, "kernel_for", lambda _, kernel=kernel: kernel)
+        monkeypatch.setattr(varlen, "varlen_attn", over_sequences)
+        out = layout.attend(0, query, key, value, scale=0.3, window=window)
+        grads = torch.autograd.grad(
+            (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum(), [query, key, value]
+        )
+        found.append([out, *grads])
+    for other in found[1:]:
+        for one, two in zip(found[0], other, strict=True):
+            torch.testing.assert_close(two, one, atol=1e-5, rtol=1e-5)
+
+
+def over_sequences(query, key, value, ends_q, ends_k, most_q, most_k, *, scale, window_size, enable_gqa):
+    """`varlen_attn` by its documentation: one causal attention for each sequence, aligned at the ends."""
+    assert most_q == int(ends_q.diff().max()) and most_k == int(ends_k.diff().max()) and window_size[1] == 0
+    outputs = []
+    for i in range(len(ends_q) - 1):
+        q, k, v = query[ends_q[i] : ends_q[i + 1]], key[ends_k[i] : ends_k[i + 1]], value[ends_k[i] : ends_k[i + 1]]
+        places = torch.arange(len(k))
+        own = places[len(k) - len(q) :, None]
+        seen = places <= own
+        if window_size[0] >= 0:
+            seen &= places >= own - window_size[0]
+        q, k, v = (each.transpose(0, 1)[None] for each in (q, k, v))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, seen, scale=scale, enable_gqa=enable_gqa)
+        outputs.append(out[0].transpose(0, 1))
+    return torch.cat(outputs)
 
 
 # --- which rows share what --------------------------------------------------------------------------------------------
