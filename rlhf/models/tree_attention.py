@@ -192,48 +192,46 @@ def _causal(queries: int, keys: int, window: int | None, device: torch.device) -
 
 
 class _TreeAttention(Function):
-    """`TreeLayout` with PyTorch's flash kernel for CPUs, one node of the graph a layer."""
+    """`TreeLayout` with PyTorch's flash kernel for CPUs, one node of the graph a layer.
+
+    In float32, whatever comes in: the kernel takes many times as long for narrower types.
+    """
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: TreeLayout, scale: float | None) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        q, k, v = query.float(), key.float(), value.float()
         _, heads, tokens, width = query.shape
-        out = query.new_empty(1, tokens, heads, width).transpose(1, 2)  # as the caller wants it, in memory
-        lse = torch.empty(1, heads, tokens, dtype=torch.float32)
+        out = q.new_empty(1, tokens, heads, width).transpose(1, 2)  # as the caller wants it, in memory
+        lse = q.new_empty(1, heads, tokens)
         for queries, keys, causal in layout.parts():
-            found, total = _flash(queries.of(query), keys.of(key), keys.of(value), 0.0, causal, scale=scale)
+            found, total = _flash(queries.of(q), keys.of(k), keys.of(v), 0.0, causal, scale=scale)
             if causal:
                 queries.of(out).copy_(found)
                 queries.of(lse).copy_(total)
             else:
                 _join(queries.of(out), queries.of(lse), found, total)
-        ctx.layout, ctx.scale = layout, scale
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out.transpose(1, 2)
+        ctx.layout, ctx.scale, ctx.out, ctx.lse = layout, scale, out, lse
+        return out.transpose(1, 2).to(query.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        grad = grad.transpose(1, 2)
-        grads = [torch.empty_like(each) for each in (query, key, value)]
+        dtype = grad.dtype
+        q, k, v = (saved.float() for saved in ctx.saved_tensors)
+        out, lse, grad = ctx.out, ctx.lse, grad.transpose(1, 2).float()
+        grads = [torch.empty_like(each) for each in (q, k, v)]
         for queries, keys, causal in ctx.layout.parts():
-            given = (
-                queries.of(grad),
-                queries.of(query),
-                keys.of(key),
-                keys.of(value),
-                queries.of(out),
-                queries.of(lse),
-            )
+            given = (queries.of(grad), queries.of(q), keys.of(k), keys.of(v), queries.of(out), queries.of(lse))
             found = _flash_backward(*given, 0.0, causal, scale=ctx.scale)
             for whole, part, span in zip(grads, found, (queries, keys, keys), strict=True):
                 # Every token is first the query and the key of its own span, then of others.
                 span.of(whole).copy_(part) if causal else span.of(whole).add_(part)
-        return *grads, None, None
+        return *(each.to(dtype) for each in grads), None, None
 
 
 def _join(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> None:
     """Take a further part into attention's output (1, H, n, D) and normaliser (1, H, n), in place."""
     share = torch.sigmoid(other_lse - lse)
     lse.copy_(torch.logaddexp(lse, other_lse))
-    out.lerp_(other, share.unsqueeze(-1).to(out.dtype))
+    out.lerp_(other, share.unsqueeze(-1))
