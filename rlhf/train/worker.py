@@ -27,7 +27,7 @@ from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import merging, stages
-from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
+from rlhf.train.checkpoints import Checkpoints, load_checkpoint
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
@@ -72,13 +72,16 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     base = adapter_base(job)  # now, while the parents are what they were checked to be
     parts = stages.assemble(job, tokenizer, data)
     first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
-    with Progress(title(job), parts.steps, first_step, console) as progress:
+    with (
+        Checkpoints(folder, parts.running(), recipe.checkpoint.keep) as checkpoints,
+        Progress(title(job), parts.steps, first_step, console) as progress,
+    ):
         stage = stages.to_stage(
             job,
             parts,
             tokenizer,
             progress,
-            save=lambda done: save_checkpoint(folder, parts.running(), done, recipe.checkpoint.keep),
+            checkpoints,
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
         )
         metrics = go_through(job, stage, first_step, progress, stop)
