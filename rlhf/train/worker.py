@@ -23,6 +23,7 @@ from rlhf.engine import dist
 from rlhf.errors import ResourceError, StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
+from rlhf.recipe.schema import DataBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
@@ -38,6 +39,7 @@ from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
 from rlhf.train.shared import published
 from rlhf.train.signals import StopRequest
+from rlhf.train.token_cache import cache_key, cached_examples
 from rlhf.train.tokenizers import stage_tokenizer
 
 logger = logging.getLogger("rlhf.stage")
@@ -149,12 +151,20 @@ def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:
 
 def load_data(job: Job, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Loaded:
     """The stage's rows, and supervised ones where the recipe mixes them in."""
-    recipe, seed = job.recipe, job.seed
-    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
+    recipe = job.recipe
+    data = load_rows(job, tokenizer, recipe.data, kind)
     if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
-        mixed = load_examples(recipe.pretraining.data, tokenizer, "tokens", seed)
-        data = replace(data, pretraining=mixed)
+        data = replace(data, pretraining=load_rows(job, tokenizer, recipe.pretraining.data, "tokens"))
     return data
+
+
+def load_rows(job: Job, tokenizer: PreTrainedTokenizerFast, data: DataBlock, kind: Kind) -> Loaded:
+    """Tokenised rows of one block of a recipe, from an earlier start where it kept them."""
+    if kind == "prompts":
+        return load_examples(data, tokenizer, kind, job.seed, max_new_tokens=job.new_tokens())
+    found = {key: value for key, value in job.inputs["data"].items() if f"{key}.".startswith(f"{data.key}.")}
+    key = cache_key(data, tokenizer, kind, job.seed, found)
+    return cached_examples(job.folder.root / "cache", key, lambda: load_examples(data, tokenizer, kind, job.seed))
 
 
 def report_data(data: Loaded) -> dict[str, Any]:
