@@ -31,8 +31,9 @@ ALLOWED = {
     "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
-        "rich", "safetensors", "torch", "transformers", "wandb", "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine",
-        "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards", "rlhf.run",
+        "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",
+        "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards",
+        "rlhf.run",
     },
     "eval": {
         "rich", "torch", "transformers", "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.models", "rlhf.recipe",
@@ -97,22 +98,59 @@ def test_deepspeed_has_one_home():
                 assert owner(path) == "engine", f"{path.relative_to(ROOT)} imports {module}"
 
 
-def test_help_and_recipe_errors_come_without_torch(tmp_path):
-    recipe = tmp_path / "sft.yaml"
-    recipe.write_text("model: {path: x}\ndata: {path: y}\ntrane: {}\n")
-    code = (
-        "import sys\n"
-        "from rlhf.cli.app import main\n"
-        "sys.argv = ['rlhf', *sys.argv[1:]]\n"
-        "try:\n    main()\nexcept SystemExit as end:\n    code = end.code\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'deepspeed', 'peft', 'matplotlib'} & set(sys.modules)\n"
-        "print('heavy:', sorted(heavy), 'code:', code or 0)\n"
+# What a command must not import, since the user waits for it. Stages import `datasets` and `pyarrow` where their data
+# is on the hub, in Parquet or kept from an earlier start, and what draws or reports where a recipe asks for it.
+NOT_FOR_STAGES = {"datasets", "matplotlib", "pandas", "pyarrow", "tensorboard", "wandb"}
+NOT_FOR_RECIPES = NOT_FOR_STAGES | {"deepspeed", "jinja2", "numpy", "peft", "tokenizers", "torch", "transformers"}
+NOT_FOR_HELP = NOT_FOR_RECIPES | {"rlhf.recipe", "rlhf.run", "yaml"}
+
+
+def imported(code: str, *arguments: str) -> set[str]:
+    """The modules that a fresh Python has imported at the end of the code."""
+    told = f"import sys\n{code}\nprint('imported:', *sorted(sys.modules))"
+    done = subprocess.run(
+        [sys.executable, "-c", told, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
     )
-    for arguments, expected in ((["--help"], 0), (["sft", str(recipe), "--run", str(tmp_path / "run")], 2)):
-        done = subprocess.run(
-            [sys.executable, "-c", code, *arguments], capture_output=True, text=True, cwd=ROOT, check=False
+    assert "imported: " in done.stdout, done.stdout + done.stderr
+    return set(done.stdout.rpartition("imported: ")[2].split())
+
+
+def after(*arguments: str, expected: int) -> set[str]:
+    """The modules that are imported when a command has ended with the expected code."""
+    code = "\n".join(
+        (
+            "from rlhf.cli.app import main",
+            "sys.argv = ['rlhf', *sys.argv[1:]]",
+            "try:\n    main()\nexcept SystemExit as end:\n    code = end.code or 0",
+            f"assert code == {expected}, code",
         )
-        assert f"heavy: [] code: {expected}" in done.stdout, done.stdout + done.stderr
+    )
+    return imported(code, *arguments)
+
+
+@pytest.mark.parametrize("words", [["--help"], ["sft", "--help"]], ids=" ".join)
+def test_help_imports_next_to_nothing(words):
+    assert not NOT_FOR_HELP & after(*words, expected=0)
+
+
+@pytest.mark.parametrize(
+    ("text", "code"),
+    [
+        ("model: {path: x}\ndata: {path: y}\ntrane: {}\n", 2),  # a key that there is not
+        ("model: {path: x}\ndata: {path: y.jsonl}\n", 3),  # a file that there is not
+        ("model: {init: {context: 64}}\ndata: {path: demo:sft}\n", 2),  # keys that do not go together
+    ],
+)
+def test_recipe_errors_come_before_anything_heavy(tmp_path, text, code):
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(text)
+    assert not NOT_FOR_RECIPES & after("sft", str(recipe), "--run", str(tmp_path / "run"), expected=code)
+
+
+def test_stages_import_no_more_than_they_use():
+    modules = imported("import rlhf.train.worker")
+    assert {"torch", "transformers", "deepspeed"} <= modules
+    assert not NOT_FOR_STAGES & modules
 
 
 def test_files_stay_readable():

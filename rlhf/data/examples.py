@@ -116,8 +116,8 @@ Example = TokenExample | PairExample | PromptExample | AnswerExample | ListExamp
 class Loaded:
     """A stage's data."""
 
-    train: list[Any]  # of one kind of example
-    eval: list[Any]
+    train: Sequence[Any]  # of one kind of example
+    eval: Sequence[Any]
     report: DataReport
     pretraining: Loaded | None = None  # supervised rows beside the prompts
 

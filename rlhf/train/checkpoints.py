@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 from rlhf.engine import dist
@@ -52,24 +54,60 @@ class Running:
         return {**self.engines, **self.others}
 
 
-def save_checkpoint(folder: StageDir, running: Running, step: int, keep: int) -> None:
-    """Write the state after `step` finished steps; every rank must call it. It appears under its name when complete."""
-    final = folder.checkpoint(step)
-    temporary = Path(dist.from_main(str(commit.fresh_temporary(final)) if dist.is_main() else None))
-    for name, kept in running.kept().items():
-        kept.save(temporary / name)
-    dist.barrier()
-    if dist.is_main():
-        if running.state is not None:
-            commit.write_json(temporary / _STATE, running.state.as_json())
-        commit.commit_dir(temporary, final, {"step": step, **_layout(running.engines)})
-        commit.rotate(folder.checkpoints, keep)
-        logger.info("checkpoint after step %d: %s", step, final)
-    dist.barrier()
+class Checkpoints:
+    """Writes a running stage's checkpoints, and lets training go on while the disk takes one in.
+
+    Files are written by `save`, on every rank, since they hold what the next step changes. Then a thread of rank 0
+    hashes them, forces them to the disk and gives the folder its name; it meets no other rank. One checkpoint at a time
+    is in flight: whoever needs it there calls `settle`, which the next `save` does too. Until a checkpoint has its name
+    the older ones stay, so a crash on the way costs the steps since the newest of them and no more.
+    """
+
+    def __init__(self, folder: StageDir, running: Running, keep: int) -> None:
+        self._folder, self._running, self._keep = folder, running, keep
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._in_flight: Future[None] | None = None  # on rank 0
+
+    def save(self, step: int) -> None:
+        """Write the state after `step` finished steps; every rank must call it. The caller may go on training."""
+        self.settle()
+        running, final = self._running, self._folder.checkpoint(step)
+        temporary = Path(dist.from_main(str(commit.fresh_temporary(final)) if dist.is_main() else None))
+        for name, kept in running.kept().items():
+            kept.save(temporary / name)
+        dist.barrier()
+        if dist.is_main():
+            if running.state is not None:
+                commit.write_json(temporary / _STATE, running.state.as_json())
+            facts = {"step": step, **_layout(running.engines)}
+            self._in_flight = self._thread.submit(self._complete, temporary, final, facts)
+
+    def settle(self) -> None:
+        """Wait until the last checkpoint is complete under its name; where it failed, every rank raises why."""
+        dist.agreed(self._wait)
+
+    def _wait(self) -> None:
+        in_flight, self._in_flight = self._in_flight, None
+        if in_flight is not None:
+            in_flight.result()
+
+    def _complete(self, temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+        commit.commit_dir(temporary, final, facts)
+        commit.rotate(self._folder.checkpoints, self._keep)
+        logger.info("checkpoint after step %d: %s", facts["step"], final)
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        """Let the thread end what it has begun, whatever became of the training; other ranks may be gone by now."""
+        self._thread.shutdown(wait=True)
+        if self._in_flight is not None and (failure := self._in_flight.exception()) is not None:
+            logger.warning("the last checkpoint was not written: %s", failure)
 
 
 def load_checkpoint(path: Path, running: Running) -> int:
-    """Read a complete checkpoint into what `save_checkpoint` was given. Returns the number of finished steps."""
+    """Read a complete checkpoint into what `Checkpoints` was given. Returns the number of finished steps."""
     manifest = commit.read_json(path / commit.MANIFEST)
     now = _layout(running.engines)
     for key, value in now.items():

@@ -187,6 +187,7 @@ def to_stage(source: LabelCollector, report: Callable[[int, str, float | None], 
         sample=lambda done: None,
         is_sample_step=lambda done: False,
         checkpoint=lambda done: None,
+        settle=lambda: None,
         report=report,
     )
 

@@ -76,6 +76,7 @@ class Stage:
     sample: Callable[[int], None]
     is_sample_step: Callable[[int], bool]
     checkpoint: Callable[[int], None]
+    settle: Callable[[], None]  # waits until the last checkpoint is on the disk
     report: Callable[[int, str, float | None], None]
     policy_starts: int = 0  # steps before which only the critic learns
     target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
@@ -110,12 +111,15 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
         due = stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.steps
         if stopping or due or alarm:
             stage.checkpoint(done)
+        if stopping or alarm:
+            stage.settle()
         if alarm:
             raise alarm
         if stopping:
             raise StoppedError(
                 f"stopped on request after step {done} of {stage.steps}", fix="The same command resumes."
             )
+    stage.settle()
     return last
 
 
@@ -126,6 +130,7 @@ def collect(stage: Stage, step: int, first_step: int) -> Collected:
     except UserError:
         if step > first_step:
             stage.checkpoint(step)
+            stage.settle()
         raise
 
 

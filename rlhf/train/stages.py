@@ -12,6 +12,7 @@ from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
 from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, RewardRecipe, SFTRecipe
 from rlhf.train import judged, roles, scorers
+from rlhf.train.checkpoints import Checkpoints
 from rlhf.train.job import Job
 from rlhf.train.loop import Stage
 from rlhf.train.objectives import (
@@ -172,7 +173,7 @@ def to_stage(
     parts: Parts,
     tokenizer: PreTrainedTokenizerFast,
     progress: Progress,
-    save: Callable[[int], None],
+    checkpoints: Checkpoints,
     report: Callable[[int, str, float | None], None],
 ) -> Stage:
     """The stage as the loop sees it."""
@@ -205,7 +206,8 @@ def to_stage(
         is_eval_step=is_eval_step,
         sample=_sample_writer(job, parts, tokenizer, progress),
         is_sample_step=is_sample_step,
-        checkpoint=save,
+        checkpoint=checkpoints.save,
+        settle=checkpoints.settle,
         report=report,
         policy_starts=parts.policy_starts,
         target_kl=parts.target_kl,

@@ -23,11 +23,12 @@ from rlhf.engine import dist
 from rlhf.errors import ResourceError, StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
+from rlhf.recipe.schema import DataBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import merging, stages
-from rlhf.train.checkpoints import load_checkpoint, save_checkpoint
+from rlhf.train.checkpoints import Checkpoints, load_checkpoint
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
@@ -38,6 +39,7 @@ from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
 from rlhf.train.shared import published
 from rlhf.train.signals import StopRequest
+from rlhf.train.token_cache import cache_key, cached_examples
 from rlhf.train.tokenizers import stage_tokenizer
 
 logger = logging.getLogger("rlhf.stage")
@@ -72,13 +74,16 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     base = adapter_base(job)  # now, while the parents are what they were checked to be
     parts = stages.assemble(job, tokenizer, data)
     first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
-    with Progress(title(job), parts.steps, first_step, console) as progress:
+    with (
+        Checkpoints(folder, parts.running(), recipe.checkpoint.keep) as checkpoints,
+        Progress(title(job), parts.steps, first_step, console) as progress,
+    ):
         stage = stages.to_stage(
             job,
             parts,
             tokenizer,
             progress,
-            save=lambda done: save_checkpoint(folder, parts.running(), done, recipe.checkpoint.keep),
+            checkpoints,
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
         )
         metrics = go_through(job, stage, first_step, progress, stop)
@@ -146,12 +151,20 @@ def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:
 
 def load_data(job: Job, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Loaded:
     """The stage's rows, and supervised ones where the recipe mixes them in."""
-    recipe, seed = job.recipe, job.seed
-    data = load_examples(recipe.data, tokenizer, kind, seed, max_new_tokens=job.new_tokens())
+    recipe = job.recipe
+    data = load_rows(job, tokenizer, recipe.data, kind)
     if isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None:
-        mixed = load_examples(recipe.pretraining.data, tokenizer, "tokens", seed)
-        data = replace(data, pretraining=mixed)
+        data = replace(data, pretraining=load_rows(job, tokenizer, recipe.pretraining.data, "tokens"))
     return data
+
+
+def load_rows(job: Job, tokenizer: PreTrainedTokenizerFast, data: DataBlock, kind: Kind) -> Loaded:
+    """Tokenised rows of one block of a recipe, from an earlier start where it kept them."""
+    if kind == "prompts":
+        return load_examples(data, tokenizer, kind, job.seed, max_new_tokens=job.new_tokens())
+    found = {key: value for key, value in job.inputs["data"].items() if f"{key}.".startswith(f"{data.key}.")}
+    key = cache_key(data, tokenizer, kind, job.seed, found)
+    return cached_examples(job.folder.root / "cache", key, lambda: load_examples(data, tokenizer, kind, job.seed))
 
 
 def report_data(data: Loaded) -> dict[str, Any]:

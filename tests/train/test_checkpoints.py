@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +16,12 @@ from torch import nn
 from rlhf.batch import Loss
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
-from rlhf.errors import CheckpointError
+from rlhf.errors import CheckpointError, ResourceError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 from rlhf.run import commit
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
-from rlhf.train.checkpoints import Running, load_checkpoint, save_checkpoint
+from rlhf.train.checkpoints import Checkpoints, Running, load_checkpoint
 
 
 def engines(stage: int = 2, seed: int = 0) -> dict[str, Engine]:
@@ -44,12 +47,18 @@ def folder(root: Path) -> StageDir:
     return stage
 
 
+def save(stage: StageDir, running: Running, step: int, keep: int) -> None:
+    with Checkpoints(stage, running, keep) as checkpoints:
+        checkpoints.save(step)
+        checkpoints.settle()
+
+
 @pytest.mark.parametrize("zero", [0, 2, 3])
 def test_training_goes_on_from_a_checkpoint(forked, tmp_path, zero):
     def body():
         stage, first = folder(tmp_path), engines(zero)
         train(first, 1)
-        save_checkpoint(stage, Running(first), 1, keep=2)
+        save(stage, Running(first), 1, keep=2)
         train(first, 2)
         second = engines(zero, seed=9)
         assert load_checkpoint(commit.newest_checkpoint(stage.checkpoints), Running(second)) == 1
@@ -66,7 +75,7 @@ def test_a_checkpoint_is_sealed_and_old_ones_go(forked, tmp_path):
     def body():
         stage, both = folder(tmp_path), engines()
         for step in (3, 6, 9):
-            save_checkpoint(stage, Running(both), step, keep=2)
+            save(stage, Running(both), step, keep=2)
         assert sorted(path.name for path in stage.checkpoints.iterdir()) == ["step-000006", "step-000009"]
         newest = commit.newest_checkpoint(stage.checkpoints)
         assert newest == stage.checkpoint(9)
@@ -80,13 +89,62 @@ def test_a_checkpoint_is_sealed_and_old_ones_go(forked, tmp_path):
     forked(body)
 
 
+def test_training_goes_on_while_the_disk_takes_a_checkpoint_in(forked, tmp_path, monkeypatch):
+    gate, complete = threading.Event(), commit.commit_dir
+
+    def slow(*arguments):
+        assert gate.wait(20)
+        complete(*arguments)
+
+    def body():
+        stage, both = folder(tmp_path), engines()
+        save(stage, Running(both), 1, keep=1)
+        saved = both["policy"].state_dict()
+        monkeypatch.setattr(commit, "commit_dir", slow)
+        with Checkpoints(stage, Running(both), 1) as checkpoints:
+            checkpoints.save(2)
+            train(both, 1)  # changes the weights before they are sealed
+            assert commit.newest_checkpoint(stage.checkpoints) == stage.checkpoint(1)
+            gate.set()
+            checkpoints.settle()
+            assert commit.newest_checkpoint(stage.checkpoints, hash_limit=None) == stage.checkpoint(2)
+        assert not stage.checkpoint(1).exists()
+        again = engines(seed=9)
+        load_checkpoint(stage.checkpoint(2), Running(again))
+        for key, value in again["policy"].state_dict().items():
+            assert torch.equal(value, saved[key]) and not torch.equal(value, both["policy"].state_dict()[key])
+
+    forked(body)
+
+
+@pytest.mark.parametrize("when", ["settle", "save", "leave"])
+def test_a_checkpoint_that_does_not_fit_is_told_and_the_older_one_stays(forked, tmp_path, monkeypatch, caplog, when):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def body():
+        stage, both = folder(tmp_path), engines()
+        save(stage, Running(both), 1, keep=1)
+        monkeypatch.setattr(os, "fsync", full)
+        with Checkpoints(stage, Running(both), 1) as checkpoints:
+            checkpoints.save(2)
+            if when != "leave":
+                with pytest.raises(ResourceError, match="No space left"):
+                    checkpoints.settle() if when == "settle" else checkpoints.save(3)
+                checkpoints.settle()  # a failure is told once
+        assert ("No space left" in caplog.text) == (when == "leave")
+        assert commit.newest_checkpoint(stage.checkpoints, hash_limit=None) == stage.checkpoint(1)
+
+    forked(body)
+
+
 @pytest.mark.parametrize(
     ("change", "words"), [({"devices": 8}, "devices 8, found 1"), ({"zero_stages": {}}, "zero_st")]
 )
 def test_another_layout_is_refused_with_a_remedy(forked, tmp_path, change, words):
     def body():
         stage, both = folder(tmp_path), engines()
-        save_checkpoint(stage, Running(both), 1, keep=1)
+        save(stage, Running(both), 1, keep=1)
         path = stage.checkpoint(1) / "MANIFEST.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
         with pytest.raises(CheckpointError, match=f"expected {words}") as error:
@@ -120,7 +178,7 @@ def test_averages_and_numbers_travel_with_the_engines(forked, tmp_path, zero):
         start = first.others["ema"].average["weight"].clone()
         train(first.engines, 1)
         first.others["ema"].update()
-        save_checkpoint(stage, first, 1, keep=1)
+        save(stage, first, 1, keep=1)
         files = json.loads((stage.checkpoint(1) / "MANIFEST.json").read_text())["files"]
         assert {name.split("/")[0] for name in files} == {"policy", "critic", "ema", "state.json"}
         second = running(9, 1.0)

@@ -105,6 +105,7 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
         sample=lambda done: None,
         is_sample_step=lambda done: False,
         checkpoint=lambda done: None,
+        settle=lambda: None,
         report=lambda done, name, value: None,
     )
     return replace(plain, **changes)
