@@ -44,9 +44,9 @@ class Rows:
         """The given rows, in the given order."""
 
         def pick(value: Any) -> Any:
-            return (
-                value[torch.tensor(rows, device=value.device)] if torch.is_tensor(value) else [value[i] for i in rows]
-            )
+            if not torch.is_tensor(value):
+                return [value[i] for i in rows]
+            return value[torch.tensor(rows, dtype=torch.int64, device=value.device)]
 
         return self.map(pick)
 
@@ -226,7 +226,6 @@ class Experience(Rows):
     rewards: Tensor | None = None  # (B, R)
     old_values: Tensor | None = None  # (B, R)
     returns: Tensor | None = None  # (B, R)
-    pretraining: Tokens | None = None  # (B, ...) supervised rows that the same update learns from
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_mask.shape)

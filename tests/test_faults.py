@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from rlhf.batch import Loss
+from rlhf.batch import Experience, Loss
 from rlhf.data.examples import PromptExample
 from rlhf.engine.engine import Engine
 from rlhf.errors import NumericsError
@@ -27,6 +28,7 @@ from rlhf.train.alarms import Alarms
 from rlhf.train.loop import Collected, Stage, update
 from rlhf.train.objectives import PolicyObjective
 from rlhf.train.online import OnlineCollector
+from rlhf.train.pool import Budget
 from rlhf.train.reference import Reference
 from rlhf.train.rollout import Sampler
 from rlhf.train.state import OnlineState
@@ -63,13 +65,14 @@ def collector(module: nn.Module, zero: int = 0, score: Any = None) -> OnlineColl
         None,
         OnlineState.at_start(chosen),
         starts_at_reference=True,
+        budget=Budget(64),
     )
 
 
 def stage(one: OnlineCollector) -> Stage:
     nothing: dict[str, Any] = dict.fromkeys(Stage.__dataclass_fields__)
     objective = PolicyObjective.from_recipe(one.actor, one.recipe, one.state)
-    own = {"collector": one, "objectives": [objective], "steps": 2, "updates_per_step": 1, "micro_batch": 4}
+    own = {"collector": one, "objectives": [objective], "steps": 2, "updates_per_step": 1, "budget": one.budget}
     return Stage(**{**nothing, **own, "policy_starts": 0, "averages": []})
 
 
@@ -261,9 +264,15 @@ def test_an_update_with_an_infinite_advantage_changes_nothing(forked):
     def body():
         one = collector(PolicyModule(llama()))
         collected, before = one.collect(0), everything(one.actor)
-        collected.minibatches[0].advantages[0, 0] = math.inf
+        (pool,) = collected.minibatches
+
+        def spoilt(places: list[int]) -> Experience:
+            rows = pool.batch(places)
+            rows.advantages[[place == 0 for place in places], 0] = math.inf
+            return rows
+
         with pytest.raises(NumericsError, match="the loss is|the gradient norm is"):
-            update(stage(one), 0, Collected(collected.minibatches))
+            update(stage(one), 0, Collected([replace(pool, batch=spoilt)]))
         assert same(before, everything(one.actor))
 
     forked(body)

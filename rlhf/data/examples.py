@@ -41,6 +41,10 @@ class TokenExample:
         """Tokens, and trained tokens."""
         return len(self.ids), int(self.mask.sum())
 
+    def cost(self) -> int:
+        """Tokens that a model computes."""
+        return len(self.ids)
+
 
 @dataclass(frozen=True, slots=True)
 class PairExample:
@@ -61,6 +65,10 @@ class PairExample:
         """Tokens of both sides, and trained tokens."""
         answers = len(self.chosen_ids) + len(self.rejected_ids)
         return 2 * len(self.prompt_ids) + answers, int(self.chosen_mask.sum() + self.rejected_mask.sum())
+
+    def cost(self) -> int:
+        """Tokens that a model computes: the prompt once."""
+        return len(self.prompt_ids) + len(self.chosen_ids) + len(self.rejected_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +99,11 @@ class AnswerExample:
 
     def lengths(self) -> tuple[int, int]:
         """Tokens, and trained tokens."""
-        return len(self.prompt_ids) + len(self.answer_ids), int(self.answer_mask.sum())
+        return self.cost(), int(self.answer_mask.sum())
+
+    def cost(self) -> int:
+        """Tokens that a model computes."""
+        return len(self.prompt_ids) + len(self.answer_ids)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +119,10 @@ class ListExample:
         """Tokens of all answers, each with the prompt in front, and trained tokens."""
         tokens = sum(len(self.prompt_ids) + len(ids) for ids, _ in self.answers)
         return tokens, sum(int(mask.sum()) for _, mask in self.answers)
+
+    def cost(self) -> int:
+        """Tokens that a model computes: the prompt once."""
+        return len(self.prompt_ids) + sum(len(ids) for ids, _ in self.answers)
 
 
 Example = TokenExample | PairExample | PromptExample | AnswerExample | ListExample

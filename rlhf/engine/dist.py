@@ -120,6 +120,18 @@ def gather_rows(value: Tensor) -> Tensor:
     return (joined.bool() if is_bool else joined).to(value.device)
 
 
+def placed(rows: Tensor, places: list[int], size: int) -> Tensor:
+    """Rows (b, ...) of every rank at their places among all of them: (size, ...), on every rank.
+
+    Every place is filled by one rank at most; what is filled by none is 0.
+    """
+    is_bool = rows.dtype == torch.bool  # not a type that every backend can add up
+    whole = torch.zeros(size, *rows.shape[1:], dtype=torch.uint8 if is_bool else rows.dtype, device=device())
+    whole[torch.tensor(places, dtype=torch.int64, device=whole.device)] = rows.detach().to(whole)
+    torch_dist.all_reduce(whole)
+    return (whole.bool() if is_bool else whole).to(rows.device)
+
+
 def agreed(work: Callable[[], T]) -> T:
     """What `work` returns; where it fails on one rank for a reason to tell, every rank fails with that reason.
 

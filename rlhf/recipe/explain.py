@@ -9,7 +9,7 @@ from typing import Any
 from rlhf.errors import RecipeError
 from rlhf.recipe.fields import Option, meaning, options, tags, walk
 from rlhf.recipe.problems import choice, closest
-from rlhf.recipe.schema import Block, TrainBlock
+from rlhf.recipe.schema import Block, LearnBlock, TrainBlock
 from rlhf.recipe.stages import RECIPES, AnyRecipe, LabelRecipe, LearningRecipe, MergeRecipe, OnlineRecipe
 
 Entry = tuple[str, str, Option]  # dotted key, the choice under which it exists or "", option
@@ -126,7 +126,7 @@ def describe_batch(recipe: AnyRecipe, world_size: int, num_rows: int | None = No
     assert isinstance(recipe, LearningRecipe)
     train = recipe.train
     assert isinstance(train, TrainBlock)
-    size = _micro_batches(train.batch_size, train.micro_batch, world_size)
+    size = _micro_batches(train.batch_size, train, world_size)
     lines = [f"{_count(train.batch_size, 'row')} per optimizer step -> {size}"]
     if train.steps is not None:
         passes = "" if num_rows is None else f" = {_epochs(train, num_rows):.3g} epochs of {_count(num_rows, 'row')}"
@@ -142,7 +142,7 @@ def _online_batch(recipe: OnlineRecipe, world_size: int) -> list[str]:
     rows = train.prompts * train.answers
     size = rows // train.minibatches
     steps = train.minibatches * train.inner_epochs
-    micro = _micro_batches(size, train.micro_batch, world_size)
+    micro = _micro_batches(size, train, world_size)
     passes = f" x {train.inner_epochs} inner epochs" if train.inner_epochs > 1 else ""
     return [
         f"{_count(train.prompts, 'prompt')} x {_count(train.answers, 'answer')} = {_count(rows, 'row')} per rollout"
@@ -169,13 +169,18 @@ def _merge_sum(recipe: MergeRecipe) -> str:
     return f"{recipe.method.name}: {terms}, each less {recipe.base.from_ or recipe.base.path}, which they are added to"
 
 
-def _micro_batches(rows: int, micro_batch: int, world_size: int) -> str:
-    per_device = rows // world_size
-    micro = math.ceil(per_device / micro_batch)
-    up_to = "up to " if per_device % micro_batch and micro > 1 else ""
-    size = min(micro_batch, per_device)
+def _micro_batches(rows: int, train: LearnBlock, world_size: int) -> str:
+    """How large micro-batches are; how many they are depends on the rows' lengths."""
     where = f"each of {world_size} devices" if world_size > 1 else "1 device"
-    return f"{_count(micro, 'micro-batch')} of {up_to}{size} on {where}"
+    if train.micro_batch == "auto":
+        return f"micro-batches of as many tokens as fit into memory, measured in the first step, on {where}"
+    most = f"{_count(train.micro_tokens, 'token')}"
+    if train.micro_batch is None:
+        return f"micro-batches of up to {most} on {where}"
+    per_device = math.ceil(rows / world_size)
+    least = math.ceil(per_device / train.micro_batch)
+    size = _count(min(train.micro_batch, per_device), "row")
+    return f"at least {_count(least, 'micro-batch')} of up to {size} and {most} on {where}"
 
 
 def _epochs(train: TrainBlock, num_rows: int) -> float:

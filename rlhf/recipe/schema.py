@@ -290,10 +290,22 @@ class OptimBlock(Block):
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="learning rate at the end, as a share of the peak")
 
 
+MICRO_TOKENS = 8192
+
+
 class LearnBlock(OptimBlock):
     """What both kinds of training share."""
 
-    micro_batch: int = Field(8, ge=1, description="rows per forward pass and device; never changes the result")
+    micro_tokens: int = Field(
+        MICRO_TOKENS,
+        ge=1,
+        description="tokens per forward pass and device at most, a prompt that rows share counted once; a longer row"
+        " goes alone. Never changes the result",
+    )
+    micro_batch: Annotated[int, Field(ge=1)] | Literal["auto"] | None = Field(
+        None,
+        description="rows per forward pass and device at most; auto: find micro_tokens by measuring memory",
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
 
 

@@ -27,6 +27,7 @@ from rlhf.recipe.policy_options import (
 )
 from rlhf.recipe.reward_options import ModelReward, Reward
 from rlhf.recipe.schema import (
+    MICRO_TOKENS,
     Block,
     CheckpointBlock,
     DataBlock,
@@ -168,7 +169,10 @@ class LabelBlock(Block):
         256, ge=1, description="prompts per step, over all devices: sampled, scored and written together"
     )
     rollout_batch: int = Field(64, ge=1, description="answers sampled together on a device")
-    micro_batch: int = Field(8, ge=1, description="answers per forward pass of a reward model")
+    micro_tokens: int = Field(
+        MICRO_TOKENS, ge=1, description="tokens per forward pass of a reward model; a longer answer goes alone"
+    )
+    micro_batch: int | None = Field(None, ge=1, description="answers per forward pass of a reward model at most")
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of the answers")
 
     def prompts_together(self) -> int:

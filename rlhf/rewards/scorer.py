@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -20,6 +20,9 @@ logger = logging.getLogger("rlhf.rewards")
 
 Part = Callable[[Rollout], Column]
 StepPart = Callable[[Rollout], Tensor]  # (B, R), NaN where no step ends
+# (attention (B, T), how many of the columns are prompt, B prompts by any name) -> the rows of every pass through a
+# model; False marks a mere stand-in, which keeps ranks in step.
+Cut = Callable[[Tensor, int, Sequence[Any]], Iterable[tuple[list[int], bool]]]
 Encode = Callable[[Rollout], "Sequence[Sequence[int] | None]"]  # None: an answer that cannot be rendered
 
 
@@ -77,18 +80,18 @@ def rule_part(rule: Callable[[list[Row], list[str]], Column]) -> Part:
     return lambda rollout: rule(rollout.rows, rollout.texts)
 
 
-def model_part(score: Callable[[Tensor, Tensor], Tensor], micro_batch: int, device: torch.device) -> Part:
+def model_part(score: Callable[[Tensor, Tensor], Tensor], cut: Cut, device: torch.device) -> Part:
     """A reward model that reads prompt and answer as the tokens that were sampled: nothing is decoded and re-encoded.
 
     score: (ids (b, T), attention (b, T)) -> (b,). The policy and the reward model must share tokenizer and template.
     """
 
     def part(rollout: Rollout) -> Column:
-        scores: Column = []
-        with torch.no_grad():
-            for micro in rollout.split(micro_batch):
-                scores += _finite(score(micro.ids.to(device), micro.attention.to(device)))
-        return scores
+        prompt_columns = rollout.ids.shape[1] - rollout.response_mask.shape[1]
+        prompts = [row["row"] for row in rollout.rows]
+        return _in_passes(
+            score, rollout.ids, rollout.attention, cut(rollout.attention, prompt_columns, prompts), device
+        )
 
     return part
 
@@ -99,13 +102,13 @@ def rendered_part(
     *,
     pad_id: int,
     room: int | None,
-    micro_batch: int,
+    cut: Cut,
     device: torch.device,
 ) -> Part:
     """A reward model with a tokenizer or template of its own: it reads each prompt and answer as it would write them.
 
     encode: the token ids of every row of a rollout. Rows of more than `room` tokens are unscored, never cut, as are
-    those that `encode` cannot write. Every rank makes equally many calls, whatever it leaves out.
+    those that `encode` cannot write.
     """
 
     def part(rollout: Rollout) -> Column:
@@ -119,14 +122,30 @@ def rendered_part(
                 *(fits.count(False), len(rows), fits.count(False) - unwritten, room, unwritten),
             )
         called = [ids if fit else [pad_id] for ids, fit in zip(rows, fits, strict=True)]  # stand-ins: see above
-        scores: Column = []
-        with torch.no_grad():
-            for start in range(0, len(called), micro_batch):
-                ids, attention = _padded(called[start : start + micro_batch], pad_id)
-                scores += _finite(score(ids.to(device), attention.to(device)))
+        ids, attention = _padded(called, pad_id)
+        scores = _in_passes(score, ids, attention, cut(attention, 0, range(len(called))), device)
         return [value if fit else None for value, fit in zip(scores, fits, strict=True)]
 
     return part
+
+
+def _in_passes(
+    score: Callable[[Tensor, Tensor], Tensor],
+    ids: Tensor,
+    attention: Tensor,
+    passes: Iterable[tuple[list[int], bool]],
+    device: torch.device,
+) -> list[float]:
+    """Scores of all rows (B, T)."""
+    scores = [0.0] * len(ids)
+    with torch.no_grad():
+        for rows, is_real in passes:
+            columns = attention[rows].any(0).nonzero()  # of padding on either side the model need not know
+            part = slice(int(columns[0]), int(columns[-1]) + 1)
+            found = score(ids[rows, part].to(device), attention[rows, part].to(device))
+            for row, value in zip(rows, _finite(found) if is_real else (), strict=is_real):
+                scores[row] = value
+    return scores
 
 
 def _finite(scores: Tensor) -> list[float]:

@@ -15,6 +15,8 @@ from rlhf.recipe.schema import DataBlock
 from rlhf.train import roles
 from rlhf.train.job import Job
 from rlhf.train.objectives import join, trim
+from rlhf.train.parts import dataset
+from rlhf.train.pool import Budget
 
 
 def pair_scores(job: Job, data: DataBlock, source: str) -> dict[int, tuple[float, float]]:
@@ -35,14 +37,13 @@ def pair_scores(job: Job, data: DataBlock, source: str) -> dict[int, tuple[float
     loaded = load_examples(data.model_copy(update={"max_length": longest}), tokenizer, "pairs", job.seed)
     dist.start()
     engine = roles.score_engine(job, source, tokenizer, ModelReward(path=source), "model")
-    # Long rows first: equal lengths share a batch, and what does not fit into memory shows at once.
-    examples = sorted([*loaded.train, *loaded.eval], key=lambda example: -example.lengths()[0])
+    examples = [*loaded.train, *loaded.eval]
     found: dict[int, tuple[float, float]] = {}
     with engine.evaluating():
-        for start in range(0, len(examples), job.micro_batch):
-            part = examples[start : start + job.micro_batch]
-            both = trim(join(collate.pairs(part, tokenizer.pad_token_id))).to(engine.device)
+        for micro in dataset(examples, collate.pairs, tokenizer.pad_token_id).pool().cut(Budget.of(job.recipe)):
+            both = trim(join(micro.rows)).to(engine.device)
             sides = [scores.tolist() for scores in engine(both.ids, both.attention).chunk(2)]
-            found |= {example.row: (chosen, rejected) for example, chosen, rejected in zip(part, *sides, strict=True)}
+            rows = [examples[place].row for place in micro.places]
+            found |= {row: (chosen, rejected) for row, chosen, rejected in zip(rows, *sides, strict=True)}
     dist.finish()
     return found

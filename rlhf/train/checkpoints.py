@@ -14,6 +14,7 @@ from rlhf.engine.engine import Engine
 from rlhf.errors import CheckpointError
 from rlhf.run import commit
 from rlhf.run.stage import StageDir
+from rlhf.train.pool import Budget
 
 logger = logging.getLogger("rlhf.checkpoint")
 
@@ -48,6 +49,7 @@ class Running:
     engines: dict[str, Engine]
     others: dict[str, Kept] = field(default_factory=dict)
     state: Remembered | None = None
+    budget: Budget | None = None
 
     def kept(self) -> dict[str, Kept]:
         """All tensors, by the name of their folder in a checkpoint."""
@@ -79,7 +81,9 @@ class Checkpoints:
         if dist.is_main():
             if running.state is not None:
                 commit.write_json(temporary / _STATE, running.state.as_json())
-            facts = {"step": step, **_layout(running.engines)}
+            budget = running.budget
+            found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
+            facts = {"step": step, **found, **_layout(running.engines)}
             self._in_flight = self._thread.submit(self._complete, temporary, final, facts)
 
     def settle(self) -> None:
@@ -121,6 +125,8 @@ def load_checkpoint(path: Path, running: Running) -> int:
         kept.load(path / name)
     if running.state is not None:
         running.state.restore(commit.read_json(path / _STATE))
+    if running.budget is not None and "micro_tokens" in manifest:
+        running.budget.settle(int(manifest["micro_tokens"]))
     return int(manifest["step"])
 
 

@@ -18,8 +18,10 @@ from rlhf.batch import Answers
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import UserError
+from rlhf.train import memory
 from rlhf.train.loop import Collected
 from rlhf.train.objectives import answer_logprobs, trim
+from rlhf.train.pool import Budget, Pool, at_places
 from rlhf.train.preference import Judged, Policy, PreferenceObjective, Term, flat, folded, prompt_values, view_of
 from rlhf.train.seeding import derive
 from rlhf.train.supervised import SupervisedCollector
@@ -50,55 +52,59 @@ class PreferenceCollector:
     rows: SupervisedCollector
     objective: PreferenceObjective
     state: PreferenceState
-    micro_batch: int
+    budget: Budget
     critic: Engine | None = None
     falling: int = 0  # steps in a row in which most pairs were displaced
 
     def collect(self, step: int) -> Collected:
-        """This rank's rows of the step's global batch."""
+        """The step's global batch."""
         collected = self.rows.collect(step)
         coupled = [term for term in self.objective.terms if term.couple is not None]
         if not coupled and self.critic is None:
             return collected
-        (batch,) = collected.minibatches
+        (pool,) = collected.minibatches
         metrics: dict[str, float] = {}
-        extras = self._extras(batch, coupled, step, metrics)
-        return replace(collected, minibatches=[replace(batch, extras=extras)], metrics=metrics)
+        extras = self._extras(pool, coupled, step, metrics)
 
-    def _extras(self, batch: Any, coupled: list[Term], step: int, metrics: dict[str, float]) -> dict[str, Tensor]:
-        """Numbers per row of this rank, by the name under which losses ask for them."""
-        sums, lengths, mismatched, values = self._measure(batch, any(term.needs_mismatched for term in coupled))
+        def batch(places: list[int]) -> Any:
+            return replace(pool.batch(places), extras={name: value[places] for name, value in extras.items()})
+
+        return replace(collected, minibatches=[replace(pool, batch=batch)], metrics=metrics)
+
+    def _extras(self, pool: Pool, coupled: list[Term], step: int, metrics: dict[str, float]) -> dict[str, Tensor]:
+        """Numbers per row of the global batch, by the name under which losses ask for them."""
+        batch = pool.batch(list(range(len(pool))))
+        sums, lengths, mismatched, values = self._measure(pool, any(term.needs_mismatched for term in coupled))
         extras: dict[str, Tensor] = {}
         if self.critic is not None:
             assert isinstance(batch, Answers) and batch.ref is not None
             extras |= {"values": values, "log_ratios": sums - batch.ref.to(sums)}
-        gathered = view_of(batch, sums, lengths).map(dist.gather_rows)
-        draws = dist.gather_rows(torch.tensor([uniform(self.rows.seed, step, row) for row in batch.row.tolist()]))
-        size, start = len(batch), dist.rank() * len(batch)
+        view = view_of(batch, sums, lengths)
+        draws = torch.tensor([uniform(self.rows.seed, step, row) for row in batch.row.tolist()])
         for term in coupled:
             assert term.couple is not None
             name = term.entry.name
             state = self.state.running[name] if name in self.state.running else {}
-            more = (dist.gather_rows(mismatched),) if term.needs_mismatched else ()
-            found, self.state.running[name] = term.couple(gathered, state, *more, draws)
+            more = (mismatched,) if term.needs_mismatched else ()
+            found, self.state.running[name] = term.couple(view, state, *more, draws)
             for key, value in found.items():
                 if value.dim() == 0:
                     metrics[f"coupling/{key}"] = float(value)
-                extras[key] = (value if value.dim() else value.expand(size * dist.world_size()))[start : start + size]
+                extras[key] = value if value.dim() else value.expand(len(pool))
             metrics |= {f"coupling/{name}_{key}": value for key, value in self.state.running[name].items()}
         return {key: (value if value.dtype == torch.bool else value.float()).cpu() for key, value in extras.items()}
 
-    def _measure(self, batch: Judged, wants_mismatched: bool) -> tuple[Tensor, ...]:
+    def _measure(self, pool: Pool, wants_mismatched: bool) -> tuple[Tensor, ...]:
         """Log-prob sums and tokens of all answers, `folded`, log-ratios of mismatched rows, and values of prompts."""
         plain = Policy(self.objective.engine)
-        found: list[tuple[Tensor, ...]] = []
-        with plain.engine.evaluating():
-            for micro in batch.split(self.micro_batch):
-                measured = plain(flat(micro))
+        micros, found = list(pool.cut(self.budget)), list[tuple[Tensor, ...]]()
+        with memory.phase("the pass over the whole batch", "train.micro_tokens"), plain.engine.evaluating():
+            for micro in micros:
+                measured = plain(flat(micro.rows))
                 sums, lengths = row_sums(measured.logprobs, measured.mask), measured.mask.sum(-1)
-                both = (folded(micro, sums), folded(micro, lengths.to(sums.dtype)))
-                found.append((*both, *self._others(micro, wants_mismatched)))
-        columns = [torch.cat(parts) for parts in zip(*found, strict=True)]
+                both = (folded(micro.rows, sums), folded(micro.rows, lengths.to(sums.dtype)))
+                found.append((*both, *self._others(micro.rows, wants_mismatched)))
+        columns = [at_places(zip(micros, parts, strict=True), len(pool)) for parts in zip(*found, strict=True)]
         sums, lengths = columns[:2]
         mismatched = columns[2] if wants_mismatched else sums.new_zeros(0)
         return sums, lengths, mismatched, columns[-1] if self.critic is not None else sums.new_zeros(0)

@@ -128,11 +128,6 @@ class Job:
         """The seed of everything random in the stage."""
         return self.recipe.label.seed if isinstance(self.recipe, LabelRecipe) else self.recipe.train.seed
 
-    @property
-    def micro_batch(self) -> int:
-        """Rows per forward pass and device."""
-        return self.recipe.label.micro_batch if isinstance(self.recipe, LabelRecipe) else self.recipe.train.micro_batch
-
     def source(self, key: str, ref: ModelRef) -> str:
         """The folder or hub id of the model that a recipe key names."""
         if key in self.parents:

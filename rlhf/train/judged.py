@@ -26,6 +26,7 @@ from rlhf.train.coupling import PreferenceCollector, PreferenceState
 from rlhf.train.guards import check_same_weights
 from rlhf.train.job import Job
 from rlhf.train.parts import Parts, dataset, steps
+from rlhf.train.pool import Budget
 from rlhf.train.preference import Policy, PreferenceObjective, Term, ValueOfPromptObjective
 from rlhf.train.reference import Reference, cached_logprobs, logprobs_of_rows, reference_key, with_reference
 from rlhf.train.samples import shown_prompts
@@ -40,13 +41,14 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     assert isinstance(recipe, PreferenceRecipe)
     terms = tuple(Term.of(block) for block in recipe.losses)
     valued = next((block for block in recipe.losses if isinstance(block, DroVLoss)), None)
+    budget = Budget.of(recipe)
     engine = roles.policy_engine(job, tokenizer)
     reference = _Lazy(lambda: roles.reference(job, tokenizer, engine))
     if valued is not None:
         data = with_standard_rewards(data)
     if any(block.unit_scores for block in recipe.losses):
         data = with_unit_scores(data)
-    train, held_out = datasets(job, tokenizer, data, terms, reference)
+    train, held_out = datasets(job, tokenizer, data, terms, reference, budget)
     whole = reference() if any(term.block.whole for term in terms) else None
     contrast = next((block.k for block in recipe.losses if isinstance(block, CringeLoss | PairwiseCringeLoss)), 0)
     objective = PreferenceObjective(Policy(engine, whole, contrast), recipe.train, terms)
@@ -56,8 +58,9 @@ def dpo(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     parts = Parts(
         engines={"policy": engine},
         objectives=[objective],
-        collector=PreferenceCollector(rows, objective, state, recipe.train.micro_batch, critic),
+        collector=PreferenceCollector(rows, objective, state, budget, critic),
         steps=steps(recipe, train),
+        budget=budget,
         key_metric=key_metric(recipe, has_held_out=len(held_out) > 0),
         published={"model": (engine, "policy")},
         held_out=held_out,
@@ -98,6 +101,7 @@ def datasets(
     data: Loaded,
     terms: Sequence[Term],
     reference: Callable[[], Reference],
+    budget: Budget,
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out rows, with the reference's log-probs where a loss compares with it.
 
@@ -119,7 +123,7 @@ def datasets(
         key = reference_key(job, tokenizer, [token_parts(*row) for row in zip_longest(examples, others or [])])
 
         def compute() -> Tensor:
-            return logprobs_of_rows(reference(), data, columns, recipe.train.micro_batch)
+            return logprobs_of_rows(reference(), data, columns, budget)
 
         shape = (len(examples), columns)
         return with_reference(data, cached_logprobs(job.folder.root / "cache", key, shape, compute))
@@ -167,7 +171,12 @@ def rows_for(kind: str, examples: list[Any], others: list[AnswerExample] | None,
         mismatched = None if others is None else [others[i] for i in rows]
         return collate.answers([examples[i] for i in rows], pad_id, mismatched)
 
-    return Dataset([example.lengths()[0] for example in examples], batch)
+    lengths = [example.cost() for example in examples]
+    costs = lengths
+    if others is not None:  # which have a pass of their own
+        second = [len(e.prompt_ids) + len(other.answer_ids) for e, other in zip(examples, others, strict=True)]
+        costs = [max(both) for both in zip(lengths, second, strict=True)]
+    return Dataset(lengths, costs, batch)
 
 
 def most_answers(examples: Sequence[Any]) -> int:

@@ -35,6 +35,7 @@ from rlhf.train.judge import Judge, judge
 from rlhf.train.loop import Collected, Stage
 from rlhf.train.pairing import Row, best_of_n, best_rows, list_rows, pair_rows
 from rlhf.train.parts import sampler
+from rlhf.train.pool import Budget
 from rlhf.train.rollout import Sampler, generate, in_turns
 from rlhf.train.seeding import derive
 
@@ -167,7 +168,11 @@ def collector(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt
     policy = roles.frozen_policy(job, tokenizer)
     ask = sampler(policy, tokenizer, recipe.sampling)
     asked = judge(job, tokenizer, policy) if recipe.judge is not None else None
-    labeller = None if asked else scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=None)
+    labeller = (
+        None
+        if asked
+        else scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=None, budget=Budget.of(recipe))
+    )
     return LabelCollector(recipe, prompts, ask, policy, labeller, asked, job.folder)
 
 
@@ -176,7 +181,7 @@ def to_stage(source: LabelCollector, report: Callable[[int, str, float | None], 
     return Stage(
         steps=source.steps,
         updates_per_step=0,
-        micro_batch=source.label.micro_batch,
+        budget=Budget.of(source.recipe),
         collector=source,
         objectives=[],
         key_metric="reward/score_mean",

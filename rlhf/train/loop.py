@@ -13,15 +13,18 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Protocol
 
+import torch
+
 from rlhf.algo.schedules import SCHEDULES
-from rlhf.batch import Rows
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import StoppedError, UserError
 from rlhf.recipe.schema import OptimBlock
+from rlhf.train import memory
 from rlhf.train.guards import check_counts
 from rlhf.train.metrics import Meter, MetricsLog, Totals
 from rlhf.train.objectives import Objective
+from rlhf.train.pool import Budget, Micro, Pool
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
 
@@ -30,9 +33,9 @@ logger = logging.getLogger("rlhf.train")
 
 @dataclass(frozen=True)
 class Collected:
-    """This rank's share of every minibatch of a step, the metrics of collecting it, and how many tokens it took."""
+    """Every minibatch of a step, the metrics of collecting it, and how many tokens it took."""
 
-    minibatches: list[Rows]
+    minibatches: list[Pool]
     metrics: dict[str, float] = field(default_factory=dict)
     tokens: int = 0  # real tokens over all ranks
 
@@ -65,7 +68,7 @@ class Stage:
 
     steps: int
     updates_per_step: int
-    micro_batch: int
+    budget: Budget
     collector: Collector
     objectives: list[Objective]  # those of one engine stand together: their gradients add up to one update
     key_metric: str
@@ -92,11 +95,14 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
     for step in range(first_step, stage.steps):
         started = time.monotonic()
         collected = collect(stage, step, first_step)
-        metrics = {**update(stage, step, collected), **collected.metrics}
+        with memory.phase("the update", "train.micro_tokens"):
+            metrics = {**update(stage, step, collected), **collected.metrics}
         seconds = time.monotonic() - started
         metrics["speed/tokens_per_second"] = collected.tokens / seconds
         metrics["speed/seconds"] = seconds
         done = step + 1
+        if stage.budget.is_open and collected.minibatches:
+            memory.settle(stage.budget, stage.objectives, collected.minibatches[0])
         if stage.is_eval_step(done):
             metrics.update(stage.evaluate(done))
         further, alarm = stage.collector.learned(step, metrics)
@@ -176,14 +182,21 @@ def follow(stage: Stage, engine: Engine) -> None:
             average.update()
 
 
-def measured(stage: Stage, minibatch: Rows) -> dict[str, float]:
+def measured(stage: Stage, minibatch: Pool) -> dict[str, float]:
     """The policy's metrics on a minibatch as it stands after its last update, over all ranks."""
     policy, meter = stage.objectives[0], Meter()
+    micros = list(minibatch.of(policy.group).cut(stage.budget))
     with policy.engine.evaluating():
-        meter.add_counts(dist.sum_over_ranks(policy.counts(minibatch)))
-        for micro in minibatch.split(stage.micro_batch):
-            meter.add(policy.loss(micro).metrics)
+        meter.add_counts(counted(policy, micros))
+        for micro in micros:
+            meter.add(micro.weighed(policy.loss(micro.rows)).metrics)
     return meter.means()
+
+
+def counted(objective: Objective, micros: list[Micro]) -> dict[str, float]:
+    """An objective's denominators over all micro-batches of all ranks."""
+    counts = [micro.counted(objective.counts(micro.rows)) for micro in micros]
+    return dist.sum_over_ranks({name: torch.stack([each[name] for each in counts]).sum() for name in counts[0]})
 
 
 def by_engine(objectives: list[Objective]) -> list[tuple[Engine, list[Objective]]]:
@@ -192,16 +205,17 @@ def by_engine(objectives: list[Objective]) -> list[tuple[Engine, list[Objective]
     return [(group[0].engine, group) for group in groups]
 
 
-def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: Rows) -> Totals:
+def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: Pool) -> Totals:
     """Add an objective's gradient of a whole minibatch. Returns its metrics over all ranks."""
     meter = Meter()
-    counts = dist.sum_over_ranks(objective.counts(minibatch))
+    micros = list(minibatch.of(objective.group).cut(stage.budget))  # equally many on every rank
+    counts = counted(objective, micros)
     may_be_empty = objective.optional
     check_counts({name: count for name, count in counts.items() if name not in may_be_empty}, step, index)
     meter.add_counts(counts)
     divisors = {name: count or 1.0 for name, count in counts.items()}  # the sum over nothing is 0
-    for micro in minibatch.split(stage.micro_batch):  # equally many on every rank
-        loss = objective.loss(micro)
+    for micro in micros:
+        loss = micro.weighed(objective.loss(micro.rows))
         objective.engine.backward(loss, divisors)
         meter.add(loss.metrics)
     return meter.reduce()

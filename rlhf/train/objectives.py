@@ -7,7 +7,7 @@ Metric names get the objective's group in front (`train/`, `policy/`, `value/`),
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -180,7 +180,7 @@ def policy_metrics(logprobs: Tensor, clipped: Tensor, experience: Experience) ->
 
 @dataclass(frozen=True)
 class PretrainingObjective:
-    """PPO-ptx: the supervised loss of the rows that travel with a minibatch.            [arXiv:2203.02155 eq. 2]
+    """PPO-ptx: the supervised loss of rows that go with a minibatch of answers.         [arXiv:2203.02155 eq. 2]
 
     Its gradient is added to the policy's before their common step. The rows have a forward pass of their own.
     """
@@ -191,13 +191,11 @@ class PretrainingObjective:
     optim: OptimBlock
     coef: float
 
-    def counts(self, batch: Experience) -> dict[str, Tensor]:
-        assert batch.pretraining is not None, "supervised rows are missing"
-        return {"tokens": batch.pretraining.mask[:, 1:].sum()}
+    def counts(self, batch: Tokens) -> dict[str, Tensor]:
+        return {"tokens": batch.mask[:, 1:].sum()}
 
-    def loss(self, micro: Experience) -> Loss:
-        assert micro.pretraining is not None, "supervised rows are missing"
-        nll = supervised_nll(self.engine, micro.pretraining)[0]
+    def loss(self, micro: Tokens) -> Loss:
+        nll = supervised_nll(self.engine, micro)[0]
         return Loss({"nll": (nll, "tokens", self.coef)}, {"loss": (nll, "tokens")})
 
 
@@ -266,7 +264,7 @@ def trim_experience(experience: Experience) -> Experience:
             return value
         return value[:, left if value.shape[1] > responses else 0 : value.shape[1] - right]
 
-    return replace(experience, pretraining=None).map(cut)
+    return experience.map(cut)
 
 
 def padding_columns(attention: Tensor, responses: int) -> tuple[int, int]:

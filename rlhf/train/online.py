@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rlhf.algo.controllers import KL_CONTROLLERS, ppo_penalty_beta
 from rlhf.algo.rewards import preference_scores
-from rlhf.batch import Experience, Rollout, Tokens
+from rlhf.batch import Experience, Rollout
 from rlhf.data import order
 from rlhf.data.examples import PromptExample
 from rlhf.engine import dist
@@ -28,6 +28,7 @@ from rlhf.recipe.policy_options import PpoPenaltyLoss
 from rlhf.recipe.schema import SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.rewards.scorer import Scorer
+from rlhf.train import memory
 from rlhf.train.alarms import stop_error
 from rlhf.train.describe import describe
 from rlhf.train.experience import Answers, Seen, is_flat, to_experience
@@ -40,9 +41,10 @@ from rlhf.train.guards import (
     check_scored,
 )
 from rlhf.train.loop import Collected
-from rlhf.train.objectives import bind, padding_columns
+from rlhf.train.objectives import PretrainingObjective, bind, padding_columns
 from rlhf.train.opponent import Opponent
 from rlhf.train.overoptimisation import Scale
+from rlhf.train.pool import Budget, Pool, at_places, sampled_pool
 from rlhf.train.roles import Reference
 from rlhf.train.rollout import Sampler, generate, join_rollouts
 from rlhf.train.seeding import derive, permutation
@@ -68,16 +70,18 @@ class OnlineCollector:
     pretraining: Dataset | None
     state: OnlineState
     starts_at_reference: bool
+    budget: Budget
     opponent: Opponent | None = None
 
     def collect(self, step: int) -> Collected:
-        """Sample, score, and cut into minibatches; this rank's share of each."""
+        """Sample, score, and cut into minibatches."""
         started = time.monotonic()
-        answers, refills = self.answers(step)
-        greedy = self.draw(step, 0, "greedy") if self.recipe.advantage.needs_greedy else None
+        with memory.phase("sampling and scoring", "train.rollout_batch, or train.micro_tokens"):
+            answers, refills = self.answers(step)
+            greedy = self.draw(step, 0, "greedy") if self.recipe.advantage.needs_greedy else None
         sampled = time.monotonic() - started
         check_scored(int((~answers.scores.isnan()).sum()), len(answers), step)
-        with torch.no_grad():
+        with memory.phase("log-probs and values of the rollout", "train.micro_tokens"), torch.no_grad():
             seen = self.look_back(answers)
         with self.state.undone_on_error():
             experience = to_experience(answers, seen, self.recipe, self.state, greedy)
@@ -230,20 +234,13 @@ class OnlineCollector:
     # --- looking back ---
 
     def look_back(self, answers: Answers) -> Seen:
-        """Log-probs of the trained policy and the reference, and the critic's values, of a whole rollout.
-
-        Rows are dealt out longest first, so that ranks have equal work and micro-batches little padding.
-        """
-        world = dist.world_size()
-        lengths = answers.attention.sum(-1)
-        dealt = torch.argsort(-lengths, stable=True)
-        mine = answers.select(dealt[dist.rank() :: world].tolist())
-        seen = list(map(self.look_at, mine.split(self.recipe.train.micro_batch)))
-        places = torch.cat([dealt[rank::world] for rank in range(world)])
-        back = torch.argsort(places)
+        """Log-probs of the trained policy and the reference, and the critic's values, of a whole rollout."""
+        pool = sampled_pool(answers, list(range(len(answers))), self.recipe.train.answers)
+        micros = list(pool.cut(self.budget))
+        seen = [self.look_at(micro.rows) for micro in micros]
 
         def whole(name: str) -> Tensor:
-            return dist.gather_rows(torch.cat([getattr(part, name) for part in seen]))[back]
+            return at_places(zip(micros, [getattr(part, name) for part in seen], strict=True), len(answers))
 
         return Seen(
             whole("old_logprobs"), whole("ref_logprobs"), whole("old_values") if self.critic is not None else None
@@ -272,36 +269,32 @@ class OnlineCollector:
 
     # --- minibatches ---
 
-    def minibatches(self, step: int, experience: Experience) -> list[Experience]:
-        """Seeded permutations cut into equal minibatches; of each, the rows dealt to this rank.
+    def minibatches(self, step: int, experience: Experience) -> list[Pool]:
+        """Seeded permutations cut into equal minibatches, with their supervised rows where there are any.
 
         One without an answer to learn from (all unscored, or cut off and dropped) is left out on every rank.
         """
         train = self.recipe.train
         size = len(experience) // train.minibatches
-        lengths = experience.attention.sum(-1).tolist()
         counts = experience.response_mask.any(-1)
-        shares: list[Experience] = []
+        pools: list[Pool] = []
         number = step * train.inner_epochs * train.minibatches
         for epoch in range(train.inner_epochs):
             shuffled = permutation(len(experience), derive(train.seed, "minibatch", step, epoch))
             for start in range(0, len(shuffled), size):
-                rows = sorted(shuffled[start : start + size], key=lambda row: -lengths[row])
+                rows = shuffled[start : start + size]
                 if counts[rows].any():
-                    share = experience.select(rows[dist.rank() :: dist.world_size()])
-                    shares.append(replace(share, pretraining=self.supervised_rows(number, size)))
+                    pool = sampled_pool(experience, rows, train.answers)
+                    pools.append(replace(pool, further=self.supervised_rows(number, size)))
                 number += 1
-        return shares
+        return pools
 
-    def supervised_rows(self, number: int, size: int) -> Tokens | None:
-        """As many supervised rows as the minibatch has answers; this rank's share."""
+    def supervised_rows(self, number: int, size: int) -> dict[str, Pool]:
+        """As many supervised rows as the minibatch has answers, by the objective that learns from them."""
         if self.pretraining is None:
-            return None
+            return {}
         rows = order.rows(len(self.pretraining), size, number, derive(self.recipe.train.seed, "pretraining"))
-        dealt = sorted(rows, key=lambda row: -self.pretraining.lengths[row])
-        batch = self.pretraining.batch(dealt[dist.rank() :: dist.world_size()])
-        assert isinstance(batch, Tokens)
-        return batch
+        return {PretrainingObjective.group: self.pretraining.pool(rows)}
 
 
 def gathered(mine: Answers, pad_id: int) -> Answers:

@@ -22,6 +22,7 @@ from rlhf.rewards.scorer import Scorer
 from rlhf.train.checkpoints import Remembered, Running
 from rlhf.train.loop import Collector
 from rlhf.train.objectives import Objective
+from rlhf.train.pool import Budget
 from rlhf.train.rollout import Sampler
 from rlhf.train.supervised import Dataset
 
@@ -34,6 +35,7 @@ class Parts:
     objectives: list[Objective]
     collector: Collector
     steps: int
+    budget: Budget
     key_metric: str
     published: dict[str, tuple[Engine, str]]
     updates_per_step: int = 1
@@ -52,7 +54,7 @@ class Parts:
 
     def running(self) -> Running:
         """What a checkpoint holds."""
-        return Running(self.engines, dict(self.averages), self.state)
+        return Running(self.engines, dict(self.averages), self.state, self.budget)
 
 
 def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock) -> Sampler:
@@ -69,7 +71,8 @@ def generation_config(engine: Engine) -> Any:
 
 def dataset(examples: Sequence[Any], join: Callable[[list[Any], int], Rows], pad_id: int) -> Dataset:
     """Examples of one kind as rows; `join` collates them."""
-    return Dataset([e.lengths()[0] for e in examples], lambda rows: join([examples[i] for i in rows], pad_id))
+    lengths, costs = [e.lengths()[0] for e in examples], [e.cost() for e in examples]
+    return Dataset(lengths, costs, lambda rows: join([examples[i] for i in rows], pad_id))
 
 
 def steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:

@@ -20,9 +20,11 @@ from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.run.commit import write_atomic
+from rlhf.train import memory
 from rlhf.train.job import Job
 from rlhf.train.objectives import answer_logprobs, join, trim
-from rlhf.train.supervised import Dataset, even_batches
+from rlhf.train.pool import Budget, Micro, at_places
+from rlhf.train.supervised import Dataset
 
 logger = logging.getLogger("rlhf.reference")
 
@@ -52,22 +54,17 @@ class Reference:
         return self.engine.device
 
 
-def logprobs_of_rows(reference: Reference, data: Dataset, columns: int, micro_batch: int) -> Tensor:
+def logprobs_of_rows(reference: Reference, data: Dataset, columns: int, budget: Budget) -> Tensor:
     """Summed reference log-probs of every answer of every row, (n, columns), on every rank.
 
-    columns: 2 of pairs, 1 of answers (2 with a mismatched one), the longest list's number of lists. Rows of like length
-    go together.
+    columns: 2 of pairs, 1 of answers (2 with a mismatched one), the longest list's number of lists.
     """
-    by_length = sorted(range(len(data)), key=lambda row: -data.lengths[row])
-    found = torch.zeros(len(data), columns, dtype=torch.float64)
-    with reference.engine.evaluating():
-        for places, is_real in even_batches(len(data), micro_batch, dist.rank(), dist.world_size()):
-            rows = [by_length[place] for place in places]
-            sums = _columns(reference, data.batch(rows)).double().cpu()
-            if is_real:
-                found[rows, : sums.shape[1]] = sums
-    # Every row was filled by one rank and is zero elsewhere.
-    return dist.gather_rows(found[None]).sum(0).float()
+    found: list[tuple[Micro, Tensor]] = []
+    with memory.phase("log-probs of the reference", "train.micro_tokens"), reference.engine.evaluating():
+        for micro in data.pool().cut(budget):
+            sums = _columns(reference, micro.rows).float().cpu()
+            found.append((micro, torch.nn.functional.pad(sums, (0, columns - sums.shape[1]))))
+    return at_places(found, len(data))
 
 
 def _columns(reference: Reference, batch: Any) -> Tensor:
@@ -134,4 +131,4 @@ def with_reference(data: Dataset, logprobs: Tensor) -> Dataset:
             return replace(found, ref=given[:, 0], ref_mismatched=mismatched)
         return replace(found, ref=given[:, : found.present.shape[1]] if isinstance(found, Lists) else given)
 
-    return Dataset(data.lengths, batch)
+    return Dataset(data.lengths, data.costs, batch)

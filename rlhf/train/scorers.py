@@ -19,11 +19,12 @@ from rlhf.models.tokenizer import decoder, ensure_pad, load_tokenizer
 from rlhf.recipe.reward_options import HttpReward, ModelReward, ProcessReward, Reward
 from rlhf.rewards.http import http_scores
 from rlhf.rewards.rules import RULES
-from rlhf.rewards.scorer import Part, Scorer, StepPart, model_part, rendered_part, rule_part, standardised
+from rlhf.rewards.scorer import Cut, Part, Scorer, StepPart, model_part, rendered_part, rule_part, standardised
 from rlhf.rewards.steps import process_part
 from rlhf.train import roles
 from rlhf.train.job import Job
 from rlhf.train.objectives import bind
+from rlhf.train.pool import Budget, own_passes
 from rlhf.train.shared import SharedRoles
 
 logger = logging.getLogger("rlhf.roles")
@@ -36,6 +37,7 @@ def scorer(
     *,
     key: str,
     shared: SharedRoles | None,
+    budget: Budget,
 ) -> Scorer:
     """The rewards of one list of the recipe. Parts that share a kind are numbered: model, numeric, format, format_2.
 
@@ -50,7 +52,7 @@ def scorer(
         name = f"{spec.kind}_{same + 1}" if same else spec.kind
         weights[name] = spec.weight
         if isinstance(spec, ModelReward):
-            parts[name] = _model(job, tokenizer, spec, f"{key}.{i}", name, shared)
+            parts[name] = _model(job, tokenizer, spec, f"{key}.{i}", name, shared, own_passes(budget))
         elif isinstance(spec, ProcessReward):
             step_parts[name] = process_part(spec.function, spec.separator, spec.timeout, decoder(tokenizer))
         elif isinstance(spec, HttpReward):
@@ -107,8 +109,9 @@ def _model(
     key: str,
     name: str,
     shared: SharedRoles | None,
+    cut: Cut,
 ) -> Part:
-    source, micro_batch = job.source(key, spec), job.micro_batch
+    source = job.source(key, spec)
     own = own_tokenizer(job, spec, key)
     is_alike = reads_alike(own, tokenizer)
     if shared is not None and key in shared.scores:
@@ -116,7 +119,7 @@ def _model(
     else:
         score = engine = roles.score_engine(job, source, tokenizer if is_alike else own, spec, name)
     if is_alike:
-        part = model_part(score, micro_batch, engine.device)
+        part = model_part(score, cut, engine.device)
     else:
         template = own_template(own, key, source)
         logger.info("reward %s: answers are rendered again for its own tokenizer and template", name)
@@ -125,7 +128,7 @@ def _model(
             lambda rollout: rendered(template, rollout),
             pad_id=own.pad_token_id,
             room=max_positions(engine.module.core.config),
-            micro_batch=micro_batch,
+            cut=cut,
             device=engine.device,
         )
     if spec.statistics == "none":

@@ -26,6 +26,7 @@ from rlhf.train.objectives import (
 from rlhf.train.online import OnlineCollector
 from rlhf.train.opponent import Opponent
 from rlhf.train.parts import Parts, dataset, generation_config, sampler, steps
+from rlhf.train.pool import Budget
 from rlhf.train.progress import Progress
 from rlhf.train.ranking import ListRewardObjective
 from rlhf.train.samples import SampleWriter, shown_prompts
@@ -46,6 +47,7 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Completion-only fine-tuning."""
     recipe = job.recipe
     assert isinstance(recipe, SFTRecipe)
+    budget = Budget.of(recipe)
     engine = roles.policy_engine(job, tokenizer)
     if recipe.train.l1:
         engine.pull_to_start(recipe.train.l1)
@@ -55,6 +57,7 @@ def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         objectives=[SFTObjective(engine, recipe.train)],
         collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, lambda step, metrics: None),
         steps=steps(recipe, train),
+        budget=budget,
         key_metric="eval/loss" if len(held_out) else "train/loss",
         published={"model": (engine, "policy")},
         held_out=held_out,
@@ -67,6 +70,7 @@ def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Reward model on pairs or lists."""
     recipe = job.recipe
     assert isinstance(recipe, RewardRecipe)
+    budget = Budget.of(recipe)
     engine = roles.reward_engine(job, tokenizer)
     is_list = recipe.loss.rows == "lists"
     join, objective = (collate.lists, ListRewardObjective) if is_list else (collate.pairs, RewardObjective)
@@ -76,10 +80,11 @@ def rm(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
         objectives=[objective.from_block(engine, recipe.train, recipe.loss)],
         collector=SupervisedCollector(train, recipe.train.batch_size, recipe.train.seed, lambda step, metrics: None),
         steps=steps(recipe, train),
+        budget=budget,
         key_metric="eval/accuracy" if len(held_out) else "train/accuracy",
         published={"model": (engine, "reward")},
         held_out=held_out,
-        statistics=lambda: score_statistics(engine, train, held_out, recipe.train.micro_batch, recipe.train.seed),
+        statistics=lambda: score_statistics(engine, train, held_out, budget, recipe.train.seed),
     )
 
 
@@ -125,7 +130,8 @@ def _online(
 ) -> Parts:
     recipe = job.recipe
     assert isinstance(recipe, OnlineRecipe)
-    scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=shared)
+    budget = Budget.of(recipe)
+    scorer = scorers.scorer(job, tokenizer, recipe.rewards, key="rewards", shared=shared, budget=budget)
     tests = recipe.test_rewards
     state = OnlineState.at_start(recipe)
     reference = shared.reference if shared else roles.reference(job, tokenizer, actor)
@@ -139,11 +145,12 @@ def _online(
         actor,
         reference,
         scorer,
-        scorers.scorer(job, tokenizer, tests, key="test_rewards", shared=None) if tests else None,
+        scorers.scorer(job, tokenizer, tests, key="test_rewards", shared=None, budget=budget) if tests else None,
         critic,
         mixed,
         state,
         roles.is_same_start(job),
+        budget,
         None if against is None else Opponent(actor, reference, against.mixture),
     )
     objectives: list[Objective] = [PolicyObjective.from_recipe(actor, recipe, state)]
@@ -155,6 +162,7 @@ def _online(
         objectives=objectives,
         collector=collector,
         steps=recipe.train.rollouts,
+        budget=budget,
         updates_per_step=recipe.train.inner_epochs * recipe.train.minibatches,
         key_metric="reward/score_mean",
         published={"model": (actor, "policy"), **{name: (actor, "policy") for name in averages}},
@@ -187,7 +195,7 @@ def to_stage(
 
     def evaluate_now(done: int) -> dict[str, float]:
         assert held_out is not None
-        found = evaluate(parts.objectives[0], held_out, recipe.train.micro_batch)
+        found = evaluate(parts.objectives[0], held_out, parts.budget)
         return found | (parts.completed(found) if parts.completed is not None else {})
 
     def is_sample_step(done: int) -> bool:
@@ -196,7 +204,7 @@ def to_stage(
     return Stage(
         steps=parts.steps,
         updates_per_step=parts.updates_per_step,
-        micro_batch=recipe.train.micro_batch,
+        budget=parts.budget,
         collector=parts.collector,
         objectives=parts.objectives,
         key_metric=parts.key_metric,

@@ -11,15 +11,16 @@ from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.errors import NumericsError
 from rlhf.models.statistics import ScoreStatistics
+from rlhf.train.pool import Budget
 from rlhf.train.preference import flat
 from rlhf.train.seeding import derive, permutation
-from rlhf.train.supervised import Dataset, even_batches
+from rlhf.train.supervised import Dataset
 
 logger = logging.getLogger("rlhf.statistics")
 MOST_ROWS = 2000  # of the training rows, where none are held out
 
 
-def score_statistics(engine: Engine, train: Dataset, held_out: Dataset, micro_batch: int, seed: int) -> ScoreStatistics:
+def score_statistics(engine: Engine, train: Dataset, held_out: Dataset, budget: Budget, seed: int) -> ScoreStatistics:
     """Mean and standard deviation (Bessel) of the scores of all answers, over all ranks.
 
     Of the held-out rows, else of at most MOST_ROWS training rows, chosen by seed.
@@ -28,10 +29,10 @@ def score_statistics(engine: Engine, train: Dataset, held_out: Dataset, micro_ba
     rows = range(len(data)) if len(held_out) else permutation(len(data), derive(seed, "statistics"))[:MOST_ROWS]
     found = [torch.zeros(0, dtype=torch.float64)]
     with engine.evaluating():
-        for places, is_real in even_batches(len(rows), micro_batch, dist.rank(), dist.world_size()):
-            answers = flat(data.batch([rows[place] for place in places])).to(engine.device)
+        for micro in data.pool(rows).cut(budget):
+            answers = flat(micro.rows).to(engine.device)
             scores = engine(answers.ids, answers.attention)
-            found += [scores.double().cpu()] if is_real else []
+            found += [scores.double().cpu()] if micro.is_real else []
     scores = torch.cat(found)
     sums = dist.sum_over_ranks({"count": torch.tensor(len(scores)), "sum": scores.sum()})
     mean = sums["sum"] / sums["count"]

@@ -2,35 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-import torch
 
 from rlhf.batch import Rows
 from rlhf.data import order
+from rlhf.data.dealing import Unit
 from rlhf.engine import dist
 from rlhf.errors import UserError
+from rlhf.train import memory
 from rlhf.train.loop import Collected
 from rlhf.train.metrics import Meter
 from rlhf.train.objectives import Objective
+from rlhf.train.pool import Budget, Pool
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Tokenised rows: `batch(indices)` collates them, `lengths[i]` is what row i costs in tokens."""
+    """Tokenised rows: `batch(indices)` collates them."""
 
-    lengths: list[int]
+    lengths: list[int]  # tokens of every row, of all its answers with the prompt in front of each
+    costs: list[int]  # the same with the prompt counted once, which is what a model computes
     batch: Callable[[list[int]], Rows]
 
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def pool(self, rows: Sequence[int] | None = None) -> Pool:
+        """These rows, by their places, or all of them."""
+        chosen = range(len(self)) if rows is None else rows
+        units = [Unit.single(place, self.costs[row]) for place, row in enumerate(chosen)]
+        return Pool(units, lambda places: self.batch([chosen[place] for place in places]))
+
 
 @dataclass(frozen=True)
 class SupervisedCollector:
-    """Step k is the k-th slice of a seeded order; every rank takes an equal share of it."""
+    """Step k is the k-th slice of a seeded order."""
 
     data: Dataset
     batch_size: int
@@ -38,11 +45,9 @@ class SupervisedCollector:
     check: Callable[[int, dict[str, float]], None]
 
     def collect(self, step: int) -> Collected:
-        """This rank's rows of the step's global batch."""
+        """The step's global batch."""
         rows = order.rows(len(self.data), self.batch_size, step, self.seed)
-        tokens = sum(self.data.lengths[row] for row in rows)
-        mine = balanced_share(rows, self.data.lengths, dist.rank(), dist.world_size())
-        return Collected([self.data.batch(mine)], tokens=tokens)
+        return Collected([self.data.pool(rows)], tokens=sum(self.data.lengths[row] for row in rows))
 
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         """Hand the first minibatch's metrics to the stage's invariant check."""
@@ -53,28 +58,11 @@ class SupervisedCollector:
         return {}, None
 
 
-def balanced_share(rows: list[int], lengths: list[int], rank: int, world: int) -> list[int]:
-    """A rank's rows: dealt out longest first, so that ranks get equal work and memory errors show at once."""
-    ordered = sorted(rows, key=lambda row: -lengths[row])
-    return ordered[rank::world]
-
-
-def even_batches(size: int, micro_batch: int, rank: int, world: int) -> list[tuple[list[int], bool]]:
-    """A rank's micro-batches of range(size), equally many on every rank; False marks a mere stand-in."""
-    mine = list(range(size))[rank::world]
-    calls = math.ceil(math.ceil(size / world) / micro_batch)
-    batches = [mine[i * micro_batch : (i + 1) * micro_batch] for i in range(calls)]
-    return [(batch, True) if batch else ([0], False) for batch in batches]
-
-
-def evaluate(objective: Objective, data: Dataset, micro_batch: int) -> dict[str, float]:
+def evaluate(objective: Objective, data: Dataset, budget: Budget) -> dict[str, float]:
     """Metrics of an objective on held-out rows, `eval/...`, over all ranks."""
     meter = Meter()
-    with objective.engine.evaluating():
-        for rows, is_real in even_batches(len(data), micro_batch, dist.rank(), dist.world_size()):
-            batch = data.batch(rows)
-            weight = float(is_real)
-            meter.add({name: (value * weight, unit) for name, (value, unit) in objective.loss(batch).metrics.items()})
-            counts = {name: torch.as_tensor(count * weight) for name, count in objective.counts(batch).items()}
-            meter.add_counts(dist.sum_over_ranks(counts))
+    with memory.phase("evaluation on held-out rows", "train.micro_tokens"), objective.engine.evaluating():
+        for micro in data.pool().cut(budget):
+            meter.add(micro.weighed(objective.loss(micro.rows)).metrics)
+            meter.add_counts(dist.sum_over_ranks(micro.counted(objective.counts(micro.rows))))
     return {f"eval/{name}": value for name, value in meter.means().items()}

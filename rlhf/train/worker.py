@@ -20,14 +20,14 @@ from transformers.utils import logging as hf_logging
 from rlhf.data import chat
 from rlhf.data.examples import Loaded, load_examples
 from rlhf.engine import dist
-from rlhf.errors import ResourceError, StoppedError, UserError, WorkerLostError
+from rlhf.errors import StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
 from rlhf.recipe.schema import DataBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
-from rlhf.train import merging, stages
+from rlhf.train import memory, merging, stages
 from rlhf.train.checkpoints import Checkpoints, load_checkpoint
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
@@ -261,13 +261,8 @@ def opened(job: Job, held: Opened | None) -> Iterator[tuple[str, Path | None]]:
 def in_users_words() -> Iterator[None]:
     """Say what happened, and what to do, where memory runs out or another rank is gone."""
     try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise ResourceError(
-            f"out of memory on rank {dist.rank()}: {str(error).splitlines()[0] if str(error) else 'no room'}",
-            fix="Lower train.micro_batch or train.rollout_batch, raise zero.stage, use more devices, or turn on"
-            " model.gradient_checkpointing.",
-        ) from error
+        with memory.phase("the stage outside of its steps", "the size of the models or of the data"):
+            yield
     except RuntimeError as error:
         if not dist.is_lost_peer(error):
             raise

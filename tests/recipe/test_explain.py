@@ -114,25 +114,28 @@ def test_online_batches(load: Callable[..., LoadedRecipe]) -> None:
     train = "train: {prompts: 64, answers: 4, minibatches: 2, inner_epochs: 2, micro_batch: 8, rollouts: 100}"
     assert describe_batch(load(BASE + train, "ppo").recipe, 2) == [
         "64 prompts x 4 answers = 256 rows per rollout -> 2 minibatches of 128"
-        " -> 8 micro-batches of 8 on each of 2 devices",
+        " -> at least 8 micro-batches of up to 8 rows and 8,192 tokens on each of 2 devices",
         "2 minibatches x 2 inner epochs = 4 optimizer steps per rollout, 100 rollouts = 400 steps",
     ]
     train = "train: {prompts: 1, answers: 10, rollouts: 1}"
     assert describe_batch(load(BASE + train, "grpo").recipe, 1) == [
-        "1 prompt x 10 answers = 10 rows per rollout -> 1 minibatch of 10 -> 2 micro-batches of up to 8 on 1 device",
+        "1 prompt x 10 answers = 10 rows per rollout -> 1 minibatch of 10"
+        " -> micro-batches of up to 8,192 tokens on 1 device",
         "1 minibatch = 1 optimizer step per rollout, 1 rollout = 1 step",
     ]
 
 
 def test_offline_batches(load: Callable[..., LoadedRecipe]) -> None:
     recipe = load(BASE + "train: {batch_size: 64, epochs: 2}").recipe
-    first = "64 rows per optimizer step -> 4 micro-batches of 8 on each of 2 devices"
+    first = "64 rows per optimizer step -> micro-batches of up to 8,192 tokens on each of 2 devices"
     assert describe_batch(recipe, 2) == [first, "2 epochs over the data"]
     assert describe_batch(recipe, 2, 1000) == [first, "1,000 rows x 2 epochs / 64 -> 32 optimizer steps"]
-    recipe = load(BASE + "train: {batch_size: 4, steps: 20}", "dpo").recipe
-    first = "4 rows per optimizer step -> 1 micro-batch of 4 on 1 device"
+    recipe = load(BASE + "train: {batch_size: 4, steps: 20, micro_batch: 8, micro_tokens: 1000}", "dpo").recipe
+    first = "4 rows per optimizer step -> at least 1 micro-batch of up to 4 rows and 1,000 tokens on 1 device"
     assert describe_batch(recipe, 1) == [first, "20 steps x 4 rows"]
     assert describe_batch(recipe, 1, 160) == [first, "20 steps x 4 rows = 0.5 epochs of 160 rows"]
+    recipe = load(BASE + "train: {batch_size: 4, steps: 20, micro_batch: auto}", "dpo").recipe
+    assert "as many tokens as fit into memory, measured in the first step, on 1 device" in describe_batch(recipe, 1)[0]
 
 
 def test_offline_steps_cover_the_epochs() -> None:

@@ -44,7 +44,14 @@ def test_a_rule_sees_rows_and_texts():
     assert seen == [([{"row": i, "answer": str(i)} for i in range(3)], ["0", "1", "2"])]
 
 
-def test_a_model_reads_the_sampled_tokens_in_micro_batches():
+def in_twos(attention, prompt_columns, prompts):
+    """Passes of two rows, and one of a stand-in."""
+    assert len(attention) == len(prompts) and prompt_columns < attention.shape[1]
+    yield from ((list(range(len(attention)))[i : i + 2], True) for i in range(0, len(attention), 2))
+    yield [0], False
+
+
+def test_a_model_reads_the_sampled_tokens_in_passes():
     sizes = []
 
     def score(ids, attention):
@@ -52,11 +59,9 @@ def test_a_model_reads_the_sampled_tokens_in_micro_batches():
         sizes.append(len(ids))
         return ids.float().sum(-1)
 
-    for micro_batch, expected in ((2, [2, 2, 1]), (8, [5])):
-        sizes.clear()
-        part = model_part(score, micro_batch, torch.device("cpu"))
-        assert part(rollout(5)) == [4.0, 8.0, 12.0, 16.0, 20.0]
-        assert sizes == expected
+    part = model_part(score, in_twos, torch.device("cpu"))
+    assert part(rollout(5)) == [4.0, 8.0, 12.0, 16.0, 20.0]
+    assert sizes == [2, 2, 1, 1]
 
 
 # --- steps ------------------------------------------------------------------------------------------------------------
@@ -123,7 +128,7 @@ def test_rows_that_do_not_fit_or_cannot_be_written_are_unscored_but_called_for(c
         return (ids * attention).sum(-1).float()
 
     rows = [[1, 2], [1, 2, 3, 4], None, [5], [6, 7, 8]]
-    part = rendered_part(score, lambda rollout: rows, pad_id=9, room=3, micro_batch=2, device=torch.device("cpu"))
+    part = rendered_part(score, lambda rollout: rows, pad_id=9, room=3, cut=in_twos, device=torch.device("cpu"))
     assert part(rollout(5)) == [3.0, None, None, 5.0, 21.0]
     assert calls == [([[1, 2], [9, 9]], [2, 1]), ([[9], [5]], [1, 1]), ([[6, 7, 8]], [3])]
     (record,) = caplog.records

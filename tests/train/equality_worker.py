@@ -1,4 +1,4 @@
-"""Runs the same updates under every ZeRO stage and two micro-batch sizes, on as many ranks as it was started with.
+"""Runs the same updates under every ZeRO stage and several budgets of tokens, on as many ranks as it was started with.
 
 Writes, from rank 0, name -> (gradients of the first step, weights after three steps) for the test to compare.
 Start: python equality_worker.py OUT, or through the deepspeed launcher.
@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 
 from rlhf.batch import Experience, Pairs, Rows, Tokens
+from rlhf.data.dealing import Unit
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.engine.zero import held_elements
@@ -32,6 +33,7 @@ from rlhf.train.objectives import (
     SFTObjective,
     ValueObjective,
 )
+from rlhf.train.pool import Budget, Pool, sampled_pool
 from rlhf.train.preference import Policy, PreferenceObjective
 from rlhf.train.state import OnlineState
 
@@ -76,7 +78,6 @@ def experience(seed: int) -> Experience:
         scores=torch.zeros(8),
         old_values=noise(0.5),
         returns=noise(1.0),
-        pretraining=tokens(4),
     )
 
 
@@ -88,6 +89,17 @@ def batch_for(name: str) -> Rows:
         pairs = Pairs(tokens(1), tokens(2), torch.linspace(0, 1, 8))
         return replace(pairs, ref=ref) if name == "dpo" else pairs
     return experience(3)
+
+
+def pool_for(name: str) -> Pool:
+    batch = batch_for(name)
+    if isinstance(batch, Experience):  # neighbours stand for two answers to one prompt
+        pool = sampled_pool(batch, list(range(8)), 2)
+        more = tokens(4)
+        further = Pool([Unit.single(i, n) for i, n in enumerate(LENGTHS)], more.select)
+        return replace(pool, further={"ptx": further}) if name == "ptx" else pool
+    sides = 2 if isinstance(batch, Pairs) else 1
+    return Pool([Unit.single(i, sides * n) for i, n in enumerate(LENGTHS)], batch.select)
 
 
 def objectives_for(name: str, engine: Engine, block: OptimBlock) -> list[Objective]:
@@ -122,6 +134,8 @@ POLICIES = {
 NAMES = ("sft", "rm", "dpo", "value", *POLICIES)
 MORE = ("gspo", "reinforce", "ptx")  # what differs in them is the loss, not what the engine does with it
 STAGES_OF_MORE = (0, 3)
+# Tokens of a micro-batch, by ZeRO stage. Batches have 82 to 168: at 20 ranks take many turns, and some a stand-in.
+BUDGETS = {0: (300, 64, 20), 1: (64,), 2: (20, 10_000), 3: (20,)}
 
 
 def module_for(name: str, tokenizer) -> torch.nn.Module:
@@ -138,14 +152,14 @@ class NoGuard:
         pass
 
 
-def stage_of(objectives: list[Objective], micro_batch: int) -> Stage:
+def stage_of(objectives: list[Objective], budget: Budget) -> Stage:
     nothing = {name: None for name in Stage.__dataclass_fields__}
     return Stage(
         **{
             **nothing,
             "steps": 3,
             "updates_per_step": 1,
-            "micro_batch": micro_batch,
+            "budget": budget,
             "collector": NoGuard(),
             "objectives": objectives,
             "policy_starts": 0,
@@ -154,16 +168,14 @@ def stage_of(objectives: list[Objective], micro_batch: int) -> Stage:
     )
 
 
-def train(name: str, tokenizer, zero: ZeroBlock, micro_batch: int, lr: float, steps: int) -> tuple[dict, dict, dict]:
+def train(name: str, tokenizer, zero: ZeroBlock, budget: int, lr: float, steps: int) -> tuple[dict, dict, dict]:
     engine = Engine(module_for(name, tokenizer), zero, bf16=False, optim=optim(lr))
     before = engine.state_dict()
     held, total = held_elements(engine.module)
     objectives = objectives_for(name, engine, optim(lr))
-    batch = batch_for(name)
-    mine = batch.select(list(range(8))[dist.rank() :: dist.world_size()])
     metrics = {}
     for step in range(steps):
-        metrics = update(stage_of(objectives, micro_batch), step, Collected([mine]))
+        metrics = update(stage_of(objectives, Budget(budget)), step, Collected([pool_for(name)]))
     return before or {}, engine.state_dict() or {}, {**metrics, "held": held / total}
 
 
@@ -175,12 +187,12 @@ def main(out: str) -> None:
     results = {}
     for name in NAMES:
         for stage in STAGES_OF_MORE if name in MORE else (0, 1, 2, 3):
-            for micro_batch in (1, 4) if stage in (0, 2) else (4,):
+            for budget in BUDGETS[stage]:
                 zero = ZeroBlock(stage=stage, persistence_threshold=0, bucket_size=1000)
-                before, after, _ = train(name, tokenizer, zero, micro_batch, GRADIENT_LR, 1)
+                before, after, _ = train(name, tokenizer, zero, budget, GRADIENT_LR, 1)
                 gradients = {key: (before[key] - after[key]).double() / GRADIENT_LR for key in before}
-                _, weights, metrics = train(name, tokenizer, zero, micro_batch, STEP_LR, 3)
-                results[name, stage, micro_batch] = (gradients, weights, metrics)
+                _, weights, metrics = train(name, tokenizer, zero, budget, STEP_LR, 3)
+                results[name, stage, budget] = (gradients, weights, metrics)
     if dist.is_main():
         torch.save(results, out)
     dist.finish()

@@ -12,12 +12,14 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from rlhf.batch import Loss, Rows
+from rlhf.data.dealing import Unit
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
 from rlhf.errors import NumericsError, RecipeError, StoppedError, UserError
 from rlhf.recipe.schema import LogBlock, OptimBlock, ZeroBlock
 from rlhf.train.loop import Collected, Stage, fit, learning_rate, update, update_number
 from rlhf.train.metrics import MetricsLog
+from rlhf.train.pool import Budget, Pool
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
 
@@ -35,6 +37,10 @@ class Points(Rows):
 def points(rows: int = 4, seed: int = 0) -> Points:
     draw = torch.Generator().manual_seed(seed)
     return Points(torch.randn(rows, 3, generator=draw), torch.randn(rows, 1, generator=draw))
+
+
+def pool(rows: Points) -> Pool:
+    return Pool([Unit.single(i, 1) for i in range(len(rows))], rows.select)
 
 
 def engine(seed: int = 0) -> Engine:
@@ -80,7 +86,9 @@ class Collector:
     def collect(self, step: int) -> Collected:
         if step == self.fails:
             raise RecipeError("no reward today", where="rewards", fix="come back")
-        return Collected([points(seed=10 * step + i) for i in range(self.minibatches)], {"rollout/finished": 1.0}, 8)
+        return Collected(
+            [pool(points(seed=10 * step + i)) for i in range(self.minibatches)], {"rollout/finished": 1.0}, 8
+        )
 
     def guard(self, step: int, metrics: dict[str, float]) -> None:
         self.guarded.append(step)
@@ -94,7 +102,7 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
     plain = Stage(
         steps=4,
         updates_per_step=collector.minibatches,
-        micro_batch=2,
+        budget=Budget(2),
         collector=collector,
         objectives=objectives,
         key_metric="policy/loss",

@@ -25,6 +25,7 @@ from rlhf.recipe.stages import GRPORecipe
 from rlhf.rewards.scorer import Scorer
 from rlhf.train.experience import Answers, is_flat, to_experience
 from rlhf.train.online import OnlineCollector, greedy_sampling, join, widened
+from rlhf.train.pool import Budget, Pool
 from rlhf.train.reference import Reference
 from rlhf.train.rollout import Sampler
 from rlhf.train.seeding import derive
@@ -67,7 +68,7 @@ def collector(
             "model": {"from": "sft"},
             "data": {"path": "x"},
             "sampling": {"max_new_tokens": 6, "temperature": 0.8},
-            "train": {"prompts": 4, "answers": 3, "micro_batch": 4, "rollout_batch": 6, "seed": 5, **train},
+            "train": {"prompts": 4, "answers": 3, "rollout_batch": 6, "seed": 5, **train},
         }
     )
     plain = {"bf16": False}
@@ -87,6 +88,7 @@ def collector(
         pretraining,
         OnlineState.at_start(recipe),
         starts_at_reference=False,
+        budget=Budget(25, 4),
     )
 
 
@@ -268,13 +270,19 @@ def supervised() -> Dataset:
         attention = columns < torch.tensor(rows)[:, None] + 2
         return Tokens((torch.tensor(rows)[:, None] + 1) * attention, attention, attention & (columns > 0))
 
-    return Dataset([i + 2 for i in range(7)], batch)
+    lengths = [i + 2 for i in range(7)]
+    return Dataset(lengths, lengths, batch)
 
 
 def experience_of(one: OnlineCollector, step: int):
     found = one.draw(step, 0)
     with torch.no_grad():
         return to_experience(found, one.look_back(found), one.recipe, one.state)
+
+
+def rows_of(pools: list[Pool]) -> list[Any]:
+    """All rows of every pool."""
+    return [pool.batch(list(range(len(pool)))) for pool in pools]
 
 
 def row_ids(batch) -> list[tuple[int, ...]]:
@@ -285,20 +293,21 @@ def test_minibatches_have_every_row_once_per_pass(forked):
     def body():
         one = collector(inner_epochs=2, minibatches=3, pretraining=supervised())
         whole = experience_of(one, 0)
-        shares = one.minibatches(0, whole)
-        assert len(shares) == 6 and all(len(share) == 4 == len(share.pretraining) for share in shares)
+        pools = one.minibatches(0, whole)
+        shares = rows_of(pools)
+        assert len(shares) == 6 and all(len(share) == 4 for share in shares)
+        assert all(len(pool.of("ptx")) == 4 and pool.of("policy") is pool for pool in pools)
         passes = [sum((row_ids(share) for share in shares[i : i + 3]), []) for i in (0, 3)]
         assert sorted(passes[0]) == sorted(passes[1]) == sorted(row_ids(whole)) and passes[0] != passes[1]
         by_ids = dict(zip(row_ids(whole), range(len(whole)), strict=True))
         for share in shares:
-            lengths = share.attention.sum(-1).tolist()
-            assert lengths == sorted(lengths, reverse=True)
             rows = [by_ids[ids] for ids in row_ids(share)]
             assert torch.equal(share.advantages, whole.advantages[rows]) and torch.equal(
                 share.scores, whole.scores[rows]
             )
-        assert [row_ids(share) for share in one.minibatches(0, whole)] == [row_ids(share) for share in shares]
-        assert [row_ids(share) for share in one.minibatches(1, whole)] != [row_ids(share) for share in shares]
+        again, other = rows_of(one.minibatches(0, whole)), rows_of(one.minibatches(1, whole))
+        assert [row_ids(share) for share in again] == [row_ids(share) for share in shares]
+        assert [row_ids(share) for share in other] != [row_ids(share) for share in shares]
 
     forked(body)
 
@@ -310,11 +319,11 @@ def test_supervised_rows_go_on_where_the_last_step_ended(forked):
         seen = [
             int(row.max()) - 1
             for step in range(7)
-            for share in one.minibatches(step, whole)
-            for row in share.pretraining.ids
+            for share in rows_of([pool.of("ptx") for pool in one.minibatches(step, whole)])
+            for row in share.ids
         ]
         assert len(seen) == 7 * 12 and all(seen.count(row) == 12 for row in range(7))  # twelve whole epochs
-        assert collector(minibatches=3).minibatches(0, whole)[0].pretraining is None
+        assert collector(minibatches=3).minibatches(0, whole)[0].further == {}
 
     forked(body)
 
@@ -361,9 +370,9 @@ def test_two_ranks_collect_what_one_does(forked, two_ranks):
         one = collector(max_refills=2, inner_epochs=1, minibatches=2, critic=True, pretraining=supervised())
         collected = one.collect(0)
         numbers = {name: value for name, value in collected.metrics.items() if not name.startswith("speed/")}
-        return [[(share.ids, share.advantages, share.pretraining.ids) for share in collected.minibatches], numbers]
+        cut = [list(pool.of(group).cut(one.budget)) for pool in collected.minibatches for group in ("policy", "ptx")]
+        return [[[micro.rows.ids for micro in micros if micro.is_real] for micros in cut], list(map(len, cut)), numbers]
 
-    alone: list[Any] = []
     read, write = os.pipe()
 
     def body():
@@ -373,16 +382,18 @@ def test_two_ranks_collect_what_one_does(forked, two_ranks):
     forked(body)
     os.close(write)
     with os.fdopen(read, "rb") as pipe:
-        shares, numbers = pickle.load(pipe)
-    alone = [sorted(map(tuple, ids.tolist())) for ids, _, _ in shares]
+        shares, _, numbers = pickle.load(pipe)
     ranks = two_ranks(lambda rank: collect())
-    for found, told in ranks:
+    assert ranks[0][1] == ranks[1][1], "turns of each rank"
+    for _, _, told in ranks:
         assert told.keys() == numbers.keys()
         for name, value in numbers.items():
             assert told[name] == pytest.approx(value, rel=1e-5, abs=1e-6), name
-        assert [len(ids) for ids, _, _ in found] == [3, 3] == [len(rows) for _, _, rows in found]
-    for index, expected in enumerate(alone):
-        both = [tuple(row) for found, _ in ranks for row in found[index][0].tolist()]
-        assert sorted(both) == expected, index
-        supervised_rows = [int(row.max()) for found, _ in ranks for row in found[index][2]]
-        assert sorted(supervised_rows) == sorted(int(row.max()) for row in shares[index][2])
+    for index, expected in enumerate(shares):
+        both = [row for found, _, _ in ranks for row in real_tokens(found[index])]
+        assert sorted(both) == sorted(real_tokens(expected)) and len(both) == 6, index
+
+
+def real_tokens(batches: list[torch.Tensor]) -> list[tuple[int, ...]]:
+    """The rows of several batches without their padding."""
+    return [tuple(token for token in row if token != PAD) for ids in batches for row in ids.tolist()]

@@ -26,6 +26,8 @@ from rlhf.recipe.schema import InitBlock, OptimBlock
 from rlhf.train.coupling import PreferenceCollector, PreferenceState
 from rlhf.train.describe_preferences import describe, kendall_tau
 from rlhf.train.judged import rows_for
+from rlhf.train.loop import counted
+from rlhf.train.pool import Budget
 from rlhf.train.preference import Policy, PreferenceObjective, Term, flat, folded, view_of
 from rlhf.train.reference import Reference, logprobs_of_rows, with_reference
 from rlhf.train.supervised import SupervisedCollector
@@ -85,7 +87,7 @@ class Bare:
         return torch.no_grad()
 
 
-def updates(micro_batch: int) -> dict[str, list[float]]:
+def updates(budget: Budget) -> dict[str, list[float]]:
     """Loss, gradient norm and a projection of the gradient of every loss, on as many ranks as there are."""
     tokenizer = train_tokenizer(["a b c d e f g"] * 3, 300, None)
     optim = OptimBlock()
@@ -99,17 +101,18 @@ def updates(micro_batch: int) -> dict[str, list[float]]:
         others = rows[1:] + rows[:1] if name == "kto" else None
         data = rows_for(block.rows, rows, others, PAD)
         columns = {"pairs": 2, "answers": 1 if others is None else 2, "lists": 4}[block.rows]
-        data = with_reference(data, logprobs_of_rows(reference, data, columns, micro_batch))
+        data = with_reference(data, logprobs_of_rows(reference, data, columns, budget))
         whole = reference if block.whole else None
         contrast = 5 if "contrast" in PREFERENCE_LOSSES[name].inputs else 0
         objective = PreferenceObjective.of(Policy(policy, whole, contrast), optim, block())
         source = SupervisedCollector(data, 8, 0, lambda step, metrics: None)
         valued = critic if name == "dro_v" else None
-        collector = PreferenceCollector(source, objective, PreferenceState(), micro_batch, valued)
-        (batch,) = collector.collect(0).minibatches
-        counts = dist.sum_over_ranks(objective.counts(batch))
+        collector = PreferenceCollector(source, objective, PreferenceState(), budget, valued)
+        (pool,) = collector.collect(0).minibatches
+        micros = list(pool.cut(budget))
+        counts = counted(objective, micros)
         divisors = {key: value or 1.0 for key, value in counts.items()}
-        parts = [sum_terms(objective.loss(micro), divisors) for micro in batch.split(micro_batch)]
+        parts = [sum_terms(micro.weighed(objective.loss(micro.rows)), divisors) for micro in micros]
         total = torch.stack(parts).sum()
         gradients = torch.autograd.grad(total, parameters)
         joined = torch.cat([gradient.flatten() for gradient in gradients]).double()
@@ -121,17 +124,18 @@ def updates(micro_batch: int) -> dict[str, list[float]]:
 
 
 def test_ranks_and_micro_batches_change_no_update(forked, two_ranks, tmp_path):
-    def alone(micro_batch: int) -> None:
-        torch.save(updates(micro_batch), tmp_path / f"{micro_batch}.pt")
+    def alone(budget: Budget) -> None:
+        torch.save(updates(budget), tmp_path / f"{budget.tokens}.pt")
 
-    forked(lambda: alone(8))
-    forked(lambda: alone(3))
-    whole, cut = (torch.load(tmp_path / f"{size}.pt") for size in (8, 3))
-    first, second = two_ranks(lambda rank: updates(2))
+    forked(lambda: alone(Budget(10_000)))
+    forked(lambda: alone(Budget(64, 3)))
+    whole, cut = (torch.load(tmp_path / f"{tokens}.pt") for tokens in (10_000, 64))
+    first, second = two_ranks(lambda rank: updates(Budget(25)))  # with stand-ins
+    few, _ = two_ranks(lambda rank: updates(Budget(300)))
     assert first == second
     for name, expected in whole.items():
         assert expected[1] > 0 and math.isfinite(expected[1]), name
-        for found in (cut[name], first[name]):
+        for found in (cut[name], first[name], few[name]):
             assert found == pytest.approx(expected, rel=2e-5, abs=2e-5), name
 
 

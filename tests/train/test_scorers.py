@@ -111,9 +111,15 @@ def reward_model(tokenizer, **changes) -> torch.nn.Module:
     return AutoModelForSequenceClassification.from_config(config).eval()
 
 
-def part_of(model, own, room=None, micro_batch=3):
+def cut_into(size):
+    return lambda attention, columns, prompts: (
+        (list(range(len(prompts)))[i : i + size], True) for i in range(0, len(prompts), size)
+    )
+
+
+def part_of(model, own, room=None, size=3):
     chat = ChatTemplate(own)
-    options = {"pad_id": own.pad_token_id, "room": room, "micro_batch": micro_batch, "device": CPU}
+    options = {"pad_id": own.pad_token_id, "room": room, "cut": cut_into(size), "device": CPU}
     return rendered_part(ScorerModule(model), lambda rollout: rendered(chat, rollout), **options)
 
 
@@ -140,7 +146,7 @@ def own(name):
 def test_a_batch_scores_as_each_text_alone_in_plain_transformers(policy, own, name):
     model, batch = reward_model(own), sampled(policy)
     assert not reads_alike(own, policy)
-    scores = {size: part_of(model, own, micro_batch=size)(batch) for size in (1, 3, 4)}
+    scores = {size: part_of(model, own, size=size)(batch) for size in (1, 3, 4)}
     chat = ChatTemplate(own)
     for i, (messages, answer, finished) in enumerate(zip(conversations(), ANSWERS, FINISHED, strict=True)):
         (ids,) = rendered(chat, batch.select([i]))
@@ -185,7 +191,7 @@ def test_equal_tokenizers_give_equal_scores_both_ways_on_finished_answers(policy
     model = reward_model(policy)
     batch = sampled(policy, [True] * 4)
     assert reads_alike(policy, policy)
-    as_sampled = model_part(ScorerModule(model), 3, CPU)(batch)
+    as_sampled = model_part(ScorerModule(model), cut_into(3), CPU)(batch)
     assert part_of(model, policy)(batch) == pytest.approx(as_sampled, abs=1e-5)
     assert len({round(score, 3) for score in as_sampled}) == 4
 

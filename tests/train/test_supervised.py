@@ -9,7 +9,8 @@ from rlhf.batch import Tokens
 from rlhf.engine.engine import Engine
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 from rlhf.train.objectives import SFTObjective
-from rlhf.train.supervised import Dataset, SupervisedCollector, balanced_share, evaluate, even_batches
+from rlhf.train.pool import Budget
+from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 LENGTHS = [3, 9, 4, 7, 5, 6, 8]
 
@@ -23,7 +24,7 @@ def dataset() -> Dataset:
         ids = torch.where(attention, torch.tensor(rows)[:, None] + 1, 0)
         return Tokens(ids, attention, attention & (columns > 0))
 
-    return Dataset(LENGTHS, batch)
+    return Dataset([2 * n for n in LENGTHS], LENGTHS, batch)
 
 
 class LogProb(torch.nn.Module):
@@ -41,17 +42,19 @@ def test_a_step_takes_its_slice_of_the_order(forked):
     def body():
         seen = []
         data = dataset()
-        watched = Dataset(data.lengths, lambda rows: seen.append(rows) or data.batch(rows))
-        collector = SupervisedCollector(watched, 3, seed=5, check=lambda step, metrics: None)
+        collector = SupervisedCollector(data, 3, seed=5, check=lambda step, metrics: None)
         for step in range(7):
             collected = collector.collect(step)
-            assert collected.tokens == sum(LENGTHS[row] for row in seen[-1])
-            assert len(collected.minibatches) == 1 and len(collected.minibatches[0]) == 3
-            lengths = [LENGTHS[row] for row in seen[-1]]
-            assert lengths == sorted(lengths, reverse=True)
+            (pool,) = collected.minibatches
+            seen.append((pool.batch([0, 1, 2]).ids[:, 0] - 1).tolist())
+            assert collected.tokens == sum(2 * LENGTHS[row] for row in seen[-1]) and len(pool) == 3
+            assert [unit.tokens for unit in pool.units] == [LENGTHS[row] for row in seen[-1]]
+            cut = [row for micro in pool.cut(Budget(1)) for row in (micro.rows.ids[:, 0] - 1).tolist()]
+            assert sorted(cut) == sorted(seen[-1])
+            assert [LENGTHS[row] for row in cut] == sorted((LENGTHS[row] for row in cut), reverse=True)
         drawn = [row for rows in seen for row in rows]
         assert len(drawn) == 21 and all(drawn.count(row) == 3 for row in range(7))  # three whole epochs
-        again = collector.collect(2).minibatches[0]
+        again = collector.collect(2).minibatches[0].batch([0, 1, 2])
         assert torch.equal(again.ids, data.batch(seen[2]).ids)
 
     forked(body)
@@ -67,31 +70,11 @@ def test_the_check_sees_the_first_metrics(forked):
     forked(body)
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
-def test_shares_are_disjoint_equal_and_balanced(world):
-    shares = [balanced_share([0, 1, 2, 3, 4, 5], LENGTHS, rank, world) for rank in range(world)]
-    assert sorted(row for share in shares for row in share) == [0, 1, 2, 3, 4, 5]
-    assert {len(share) for share in shares} == {6 // world}
-    work = [sum(LENGTHS[row] for row in share) for share in shares]
-    assert max(work) - min(work) <= max(LENGTHS) - min(LENGTHS)
-    assert all(LENGTHS[share[0]] == max(LENGTHS[row] for row in share) for share in shares)
-
-
-@pytest.mark.parametrize(("size", "micro_batch", "world"), [(7, 2, 1), (7, 2, 2), (1, 4, 2), (8, 4, 2), (5, 1, 3)])
-def test_even_batches_cover_every_row_once_in_equally_many_calls(size, micro_batch, world):
-    per_rank = [even_batches(size, micro_batch, rank, world) for rank in range(world)]
-    assert len({len(batches) for batches in per_rank}) == 1
-    real = [row for batches in per_rank for rows, is_real in batches if is_real for row in rows]
-    assert sorted(real) == list(range(size))
-    assert all(rows == [0] for batches in per_rank for rows, is_real in batches if not is_real)
-    assert all(len(rows) <= micro_batch for batches in per_rank for rows, _ in batches)
-
-
-@pytest.mark.parametrize("micro_batch", [1, 3, 100])
-def test_evaluation_is_the_mean_over_tokens(forked, micro_batch):
+@pytest.mark.parametrize("budget", [Budget(1), Budget(14), Budget(10_000), Budget(10_000, 2)])
+def test_evaluation_is_the_mean_over_tokens(forked, budget):
     def body():
         engine = Engine(LogProb(), ZeroBlock(), bf16=False, optim=OptimBlock())
-        found = evaluate(SFTObjective(engine, OptimBlock()), dataset(), micro_batch)
+        found = evaluate(SFTObjective(engine, OptimBlock()), dataset(), budget)
         trained = [length - 1 for length in LENGTHS]
         expected = sum(0.5 * (row + 1) * count for row, count in enumerate(trained)) / sum(trained)
         assert found == {
