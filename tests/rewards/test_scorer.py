@@ -130,7 +130,8 @@ def test_rows_that_do_not_fit_or_cannot_be_written_are_unscored_but_called_for(c
     rows = [[1, 2], [1, 2, 3, 4], None, [5], [6, 7, 8]]
     part = rendered_part(score, lambda rollout: rows, pad_id=9, room=3, cut=in_twos, device=torch.device("cpu"))
     assert part(rollout(5)) == [3.0, None, None, 5.0, 21.0]
-    assert calls == [([[1, 2], [9, 9]], [2, 1]), ([[9], [5]], [1, 1]), ([[6, 7, 8]], [3])]
+    stand_in = ([[1, 2]], [2])
+    assert calls == [([[1, 2], [9, 9]], [2, 1]), ([[9], [5]], [1, 1]), ([[6, 7, 8]], [3]), stand_in]
     (record,) = caplog.records
     text = record.getMessage()
     assert "2 of 5 answers unscored: 1 longer than its 3 positions, 1 that its chat template cannot write" in text
