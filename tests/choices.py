@@ -169,6 +169,7 @@ CASES = {
             "train.min_lr_ratio": 0.5,
             "train.seed": 7,
             "train.micro_batch": 3,
+            "train.micro_tokens": 200,
             "train.rollout_batch": 4,
             "data": {
                 "sources": [

@@ -37,7 +37,8 @@ RUNS = {
     "penalty": ("ppo", {"policy_loss": {"name": "ppo_penalty", "target": 1e-9}, "train.lr": 2e-3}),
     "baseline": ("grpo", {"advantage": {"name": "reinforce", "decay": 0.5}, "policy_loss": {"name": "ppo_clip"},
                           "train.answers": 1, "train.lr": 2e-3, "test_rewards": [{"kind": "length"}]}),
-    "greedy": ("grpo", {"advantage": {"name": "remax"}, "train.answers": 2, "train.lr": 2e-3}),
+    "greedy": ("grpo", {"advantage": {"name": "remax"}, "train.answers": 2, "train.lr": 2e-3,
+                        "train.prompts": 48, "train.minibatches": 1, "train.micro_batch": "auto"}),
     "refills": ("grpo", REFILLS),
 }  # fmt: skip
 
