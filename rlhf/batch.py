@@ -219,20 +219,19 @@ class Experience(Rows):
     ids: Tensor  # (B, T)
     attention: Tensor  # (B, T)
     response_mask: Tensor  # (B, R)
-    old_logprobs: Tensor  # (B, R)
+    old_logprobs: Tensor | None  # (B, R), None: those that the only update on this rollout finds itself
     ref_logprobs: Tensor  # (B, R)
     advantages: Tensor  # (B, R)
     scores: Tensor  # (B,)
+    sample_logprobs: Tensor | None = None  # (B, R) as reported by the sampler, where nothing has compared them yet
     rewards: Tensor | None = None  # (B, R)
     old_values: Tensor | None = None  # (B, R)
     returns: Tensor | None = None  # (B, R)
 
     def __post_init__(self) -> None:
         shape = tuple(self.response_mask.shape)
-        for name in ("old_logprobs", "ref_logprobs", "advantages", "rewards", "old_values", "returns"):
-            value = getattr(self, name)
-            if value is not None:
-                _expect(name, value, shape)
+        tokens = ("old_logprobs", "ref_logprobs", "sample_logprobs", "advantages", "rewards", "old_values", "returns")
+        _expect_present({name: getattr(self, name) for name in tokens}, shape)
         _expect("scores", self.scores, (shape[0],))
 
 

@@ -46,9 +46,9 @@ def recipe(**options: Any) -> GRPORecipe:
     return GRPORecipe.model_validate({**values, "sampling": {"max_new_tokens": 6, "temperature": 0.7}, **options})
 
 
-def collector(module: nn.Module, zero: int = 0, score: Any = None) -> OnlineCollector:
+def collector(module: nn.Module, zero: int = 0, score: Any = None, minibatches: int = 1) -> OnlineCollector:
     """A policy that starts at its reference."""
-    chosen = recipe()
+    chosen = recipe(train={"prompts": 4, "answers": 2, "seed": 1, "minibatches": minibatches})
     block = ZeroBlock(stage=zero, persistence_threshold=0)
     actor = Engine(module, block, bf16=False, optim=OptimBlock(optimizer="sgd"))
     reference = Engine(PolicyModule(llama()), ZeroBlock(), bf16=False)
@@ -120,17 +120,22 @@ def moved(model: nn.Module, by: float) -> nn.Module:
     return model
 
 
+@pytest.mark.parametrize("minibatches", [1, 2])
 @pytest.mark.parametrize(("by", "refused"), [(0.0, False), (0.05, True)])
-def test_a_sampler_with_weights_of_one_update_ago_is_found_out(forked, by, refused):
+def test_a_sampler_with_weights_of_one_update_ago_is_found_out(forked, by, refused, minibatches):
+    """Where the rollout has one update, by the update's own pass, before any weight changes."""
+
     def body():
-        plain = collector(Stale(llama(), moved(llama(), by)))
+        plain = collector(Stale(llama(), moved(llama(), by)), minibatches=minibatches)
         one = StaleCollector(**{name: getattr(plain, name) for name in OnlineCollector.__dataclass_fields__})
+        before = everything(one.actor)
         if not refused:
-            one.collect(0)
+            metrics = update(stage(one), 0, one.collect(0))
+            assert metrics["policy/loss"] is not None and not same(before, everything(one.actor))
             return
         with pytest.raises(NumericsError, match="rollout 1: expected sampler and trainer to agree") as caught:
-            one.collect(0)
-        assert "other weights" in str(caught.value)
+            update(stage(one), 0, one.collect(0))
+        assert "other weights" in str(caught.value) and same(before, everything(one.actor))
 
     forked(body)
 
@@ -147,7 +152,7 @@ class HotCollector(OnlineCollector):
 
 def test_a_temperature_on_one_side_only_is_found_out(forked):
     def body():
-        plain = collector(PolicyModule(llama()))
+        plain = collector(PolicyModule(llama()), minibatches=2)
         one = HotCollector(**{name: getattr(plain, name) for name in OnlineCollector.__dataclass_fields__})
         with pytest.raises(NumericsError, match="expected sampler and trainer to agree") as caught:
             one.collect(0)
@@ -156,35 +161,76 @@ def test_a_temperature_on_one_side_only_is_found_out(forked):
     forked(body)
 
 
-def test_another_temperature_in_the_update_is_found_out(forked):
+class Twice(OnlineCollector):
+    """Asks the policy before the update, too."""
+
+    def is_first_seen_in_update(self):
+        return False
+
+
+def test_the_only_update_on_a_rollout_needs_no_pass_before_it(forked):
+    """The same update and the same numbers, with one pass through the policy less."""
+
     def body():
-        one = collector(PolicyModule(llama()))
+        found = []
+        for kind in (OnlineCollector, Twice):
+            plain = collector(PolicyModule(llama()))
+            one = kind(**{name: getattr(plain, name) for name in OnlineCollector.__dataclass_fields__})
+            passes = []
+            one.actor.module.register_forward_hook(lambda *_, passes=passes: passes.append(1))
+            collected = one.collect(0)
+            metrics = {**collected.metrics, **update(stage(one), 0, collected)}
+            found.append((metrics, everything(one.actor), len(passes)))
+        (metrics, weights, few), (expected, known, many) = found
+        assert metrics.keys() == expected.keys()
+        for name, value in expected.items():
+            assert name.startswith("speed/") or metrics[name] == pytest.approx(value, abs=1e-5), name
+        assert all(torch.allclose(weights[name], value, atol=1e-6) for name, value in known.items())
+        assert few == many / 2, "the turns of one plan"
+        assert metrics["rollout/sampler_gap"] > 0 and "rollout/kl_ref" in metrics
+
+    forked(body)
+
+
+# Where the rollout has one update, its own pass is compared with the sampler; else with the pass before it.
+FOUND_BY = [(1, "expected sampler and trainer to agree"), (2, "fresh samples of step 1: log-probabilities differ")]
+
+
+@pytest.mark.parametrize(("minibatches", "words"), FOUND_BY)
+def test_another_temperature_in_the_update_is_found_out(forked, minibatches, words):
+    def body():
+        one = collector(PolicyModule(llama()), minibatches=minibatches)
         collected, before = one.collect(0), everything(one.actor)
         broken = stage(one)
         cold = one.recipe.sampling.model_copy(update={"temperature": 1.0})
         object.__setattr__(broken.objectives[0], "sampling", cold)
-        with pytest.raises(NumericsError, match="fresh samples of step 1: log-probabilities differ"):
+        with pytest.raises(NumericsError, match=words):
             update(broken, 0, collected)
         assert same(before, everything(one.actor))
 
     forked(body)
 
 
-def test_a_policy_that_is_not_its_reference_at_the_start_is_found_out(forked):
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_policy_that_is_not_its_reference_at_the_start_is_found_out(forked, minibatches):
     def body():
+        one = collector(PolicyModule(llama(seed=2)), minibatches=minibatches)
+        before = everything(one.actor)
         with pytest.raises(NumericsError, match="policy and reference at the start: log-probabilities differ"):
-            collector(PolicyModule(llama(seed=2))).collect(0)
+            update(stage(one), 0, one.collect(0))
+        assert same(before, everything(one.actor))
 
     forked(body)
 
 
-def test_weights_changed_between_rollout_and_update_are_found_out(forked):
+@pytest.mark.parametrize(("minibatches", "words"), FOUND_BY)
+def test_weights_changed_between_rollout_and_update_are_found_out(forked, minibatches, words):
     def body():
-        one = collector(PolicyModule(llama()))
+        one = collector(PolicyModule(llama()), minibatches=minibatches)
         collected = one.collect(0)
         moved(one.actor.module, 0.05)
         before = everything(one.actor)
-        with pytest.raises(NumericsError, match="fresh samples of step 1: log-probabilities differ"):
+        with pytest.raises(NumericsError, match=words):
             update(stage(one), 0, collected)
         assert same(before, everything(one.actor))
 
@@ -217,12 +263,13 @@ def test_dropout_that_is_left_on_is_found_before_an_update(forked):
 # --- numbers that are none --------------------------------------------------------------------------------------------
 
 
-def test_nan_weights_end_the_rollout(forked):
+@pytest.mark.parametrize(("minibatches", "whose"), [(1, "sample"), (2, "old")])
+def test_nan_weights_end_the_rollout(forked, minibatches, whose):
     def body():
-        one = collector(PolicyModule(llama()))
+        one = collector(PolicyModule(llama()), minibatches=minibatches)
         with torch.no_grad():
             one.actor.module.model.lm_head.weight[3] = torch.nan
-        with pytest.raises(NumericsError, match="rollout 1: expected finite old_logprobs, found"):
+        with pytest.raises(NumericsError, match=f"rollout 1: expected finite {whose}_logprobs, found"):
             one.collect(0)
 
     forked(body)

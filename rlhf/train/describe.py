@@ -6,13 +6,13 @@ import math
 
 from torch import Tensor
 
-from rlhf.algo.kl import k1
 from rlhf.algo.masked import masked_sum
 from rlhf.algo.value import explained_variance, value_moments
 from rlhf.batch import Experience
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.train.alarms import repeated_share
 from rlhf.train.experience import Answers, Seen, is_flat
+from rlhf.train.objectives import distances
 
 
 def describe(
@@ -55,15 +55,14 @@ def deviation(values: Tensor) -> Tensor | float:
 def of_tokens(answers: Answers, seen: Seen, experience: Experience) -> dict[str, Tensor]:
     """Distances between the policy that sampled, the trained one and the reference."""
     mask = answers.response_mask & ~answers.scores.isnan()[:, None]
-    tokens, num_answers = mask.sum().clamp(min=1), mask.any(-1).sum().clamp(min=1)
+    counts = {"tokens": mask.sum().clamp(min=1), "sequences": mask.any(-1).sum().clamp(min=1)}
     learned = experience.response_mask
-    kl = k1(seen.old_logprobs, seen.ref_logprobs)
-    return {
-        "rollout/kl_ref": masked_sum(kl, mask) / num_answers,
-        "rollout/ref_gap": masked_sum(kl.abs(), mask) / tokens,
-        "rollout/sampler_gap": masked_sum((seen.old_logprobs - answers.sample_logprobs).abs(), mask) / tokens,
-        "rollout/advantage_abs": masked_sum(experience.advantages.abs(), learned) / learned.sum().clamp(min=1),
-    }
+    size = masked_sum(experience.advantages.abs(), learned) / learned.sum().clamp(min=1)
+    metrics = {"rollout/advantage_abs": size}
+    if seen.old_logprobs is not None:  # else the update finds them
+        sums = distances(seen.old_logprobs, seen.ref_logprobs, answers.sample_logprobs, mask)
+        metrics |= {name: total / counts[unit] for name, (total, unit) in sums.items()}
+    return metrics
 
 
 def of_critic(experience: Experience) -> dict[str, Tensor]:

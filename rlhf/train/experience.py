@@ -43,7 +43,7 @@ class Answers(Rows):
 class Seen(Rows):
     """What the models say of the answers' tokens: the trained policy, the reference, and the critic if there is one."""
 
-    old_logprobs: Tensor  # (B, R)
+    old_logprobs: Tensor | None  # (B, R), None where the update finds them itself
     ref_logprobs: Tensor  # (B, R)
     old_values: Tensor | None = None  # (B, R)
 
@@ -60,8 +60,10 @@ def to_experience(
         running = state.add_scores(moments(answers.scores, ~answers.scores.isnan()))
         answers, greedy = (a and normalised(a, running) for a in (answers, greedy))
     scores = process_scores(answers, recipe)
-    kl = KL_ESTIMATORS[recipe.kl.estimator].function(seen.old_logprobs, seen.ref_logprobs)
     coef = state.kl_coef if recipe.kl.placement == "reward" else 0.0
+    kl = torch.zeros_like(seen.ref_logprobs)
+    if seen.old_logprobs is not None:
+        kl = KL_ESTIMATORS[recipe.kl.estimator].function(seen.old_logprobs, seen.ref_logprobs)
     rewards = reward_math.shape_rewards(scores, kl, mask, kl_coef=coef)
     if recipe.whiten_rewards:
         rewards = whiten_keeping_mean(rewards, mask, moments(rewards, mask), unbiased=True)
@@ -82,7 +84,7 @@ def to_experience(
     if answers.steps is not None:
         signals["step_scores"] = answers.steps.view(*groups, answers.steps.shape[-1])
     advantages, returns = estimate(recipe.advantage, signals, state)
-    advantages = select(advantages.to(seen.old_logprobs.dtype), mask)
+    advantages = select(advantages.to(seen.ref_logprobs.dtype), mask)
     learned = mask & answers.finished[:, None] if recipe.scores.drop_unfinished else mask
     if recipe.whiten_advantages:
         advantages = whiten(advantages, learned, moments(advantages, learned), unbiased=True)
@@ -94,6 +96,7 @@ def to_experience(
         seen.ref_logprobs,
         advantages,
         scores,
+        sample_logprobs=answers.sample_logprobs if seen.old_logprobs is None else None,
         rewards=rewards,
         old_values=seen.old_values,
         returns=returns,

@@ -167,7 +167,7 @@ def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
     if stage.measures_move and updates:
         metrics["policy/kl_moved"] = measured(stage, collected.minibatches[updates - 1])["kl_old"]
     for name, total in totals.items():
-        metrics.update({f"{name}/{key}": value for key, value in total.means().items()})
+        metrics.update({key if "/" in key else f"{name}/{key}": value for key, value in total.means().items()})
         if norms[name]:
             metrics[f"{name}/grad_norm"] = sum(norms[name]) / len(norms[name])
     if stage.target_kl is not None and updates:

@@ -1,13 +1,14 @@
 """What is minimised: each objective turns a micro-batch into a `Loss` (sums) through its engine.
 
 `counts` gives the local denominators of a whole minibatch; the loop adds them over ranks before the first backward.
-Metric names get the objective's group in front (`train/`, `policy/`, `value/`), or `eval/` on held-out rows.
+Metric names get the objective's group in front (`train/`, `policy/`, `value/`), or `eval/` on held-out rows; a name
+with a group of its own keeps it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -143,16 +144,21 @@ class PolicyObjective:
 
     def loss(self, micro: Experience) -> Loss:
         experience = trim_experience(micro).to(self.engine.device)
-        mask, old = experience.response_mask, experience.old_logprobs
+        mask = experience.response_mask
         wants_entropy = "gradient" if self.entropy_coef else "value"
         logprobs, entropy = self.engine(
             experience.ids, experience.attention, mask, sampling=self.sampling, entropy=wants_entropy
         )
+        metrics: dict[str, tuple[Tensor, str]] = {}
+        if experience.old_logprobs is None:  # this is the policy that sampled
+            assert experience.sample_logprobs is not None, "nothing to compare the sampler with"
+            experience = replace(experience, old_logprobs=logprobs.detach())
+            metrics = distances(logprobs.detach(), experience.ref_logprobs, experience.sample_logprobs, mask)
         moved = {} if self.state.penalty_beta is None else {"beta": self.state.penalty_beta}
-        losses, clipped = self.policy_loss(logprobs, old, experience.advantages, mask, **moved)
+        losses, clipped = self.policy_loss(logprobs, experience.old_logprobs, experience.advantages, mask, **moved)
         policy = self.reduce(losses, mask)
         terms = {"policy": (policy, self.denominator, 1.0)}
-        metrics = {"loss": (policy, self.denominator), **policy_metrics(logprobs.detach(), clipped, experience)}
+        metrics |= {"loss": (policy, self.denominator), **policy_metrics(logprobs.detach(), clipped, experience)}
         metrics["entropy"] = (masked_sum(entropy, mask), "tokens")
         if self.entropy_coef:
             terms["entropy"] = (*metrics["entropy"], -self.entropy_coef)
@@ -166,6 +172,7 @@ class PolicyObjective:
 def policy_metrics(logprobs: Tensor, clipped: Tensor, experience: Experience) -> dict[str, tuple[Tensor, str]]:
     """How far the policy has moved from the one that sampled, and where that is held back."""
     mask, old = experience.response_mask, experience.old_logprobs
+    assert old is not None, "old log-probs are missing"
     is_good = experience.advantages > 0
     values = {
         "clipfrac": clipped.float(),
@@ -176,6 +183,16 @@ def policy_metrics(logprobs: Tensor, clipped: Tensor, experience: Experience) ->
         "logprob_change": (logprobs - old).abs(),
     }
     return {name: (masked_sum(value, mask), "tokens") for name, value in values.items()}
+
+
+def distances(old: Tensor, ref: Tensor, sample: Tensor, mask: Tensor) -> dict[str, tuple[Tensor, str]]:
+    """How far the policy that sampled is from the reference, and from what its sampler said. All (b, R)."""
+    kl = KL_ESTIMATORS["k1"].function(old, ref)
+    return {
+        "rollout/kl_ref": (masked_sum(kl, mask), "sequences"),
+        "rollout/ref_gap": (masked_sum(kl.abs(), mask), "tokens"),
+        "rollout/sampler_gap": (masked_sum((old - sample).abs(), mask), "tokens"),
+    }
 
 
 @dataclass(frozen=True)

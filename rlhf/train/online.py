@@ -100,14 +100,19 @@ class OnlineCollector:
 
     def check(self, step: int, answers: Answers, experience: Experience, metrics: dict[str, float]) -> None:
         """What a fresh rollout must be before anything is learned from it."""
-        dtype = self.recipe.model.dtype
         check_ids(answers.ids, self.actor.module.core.config.get_text_config().vocab_size, step)
         check_finite(experience, step)
+        if experience.old_logprobs is not None:
+            self.check_distances(step, metrics)
+        for engine in (self.actor, *([] if self.critic is None else [self.critic])):
+            check_no_dropout(engine.module, "policy" if engine is self.actor else "critic")
+
+    def check_distances(self, step: int, metrics: dict[str, float]) -> None:
+        """The policy is the one that sampled, and at the start its reference."""
+        dtype = self.recipe.model.dtype
         check_sampler(metrics["rollout/sampler_gap"], dtype, step)
         if step == 0 and self.starts_at_reference:
             check_same_weights(metrics["rollout/ref_gap"], dtype, "policy and reference at the start")
-        for engine in (self.actor, *([] if self.critic is None else [self.critic])):
-            check_no_dropout(engine.module, "policy" if engine is self.actor else "critic")
 
     def gap(self, metrics: dict[str, float]) -> dict[str, float]:
         """How much more the train score has gained than the test score, where there is one."""
@@ -118,7 +123,9 @@ class OnlineCollector:
         return self.state.gap.look(Scale(*numbers[:2]), Scale(*numbers[2:]))
 
     def guard(self, step: int, metrics: dict[str, float]) -> None:
-        """Before the first update on fresh samples the probability ratio is 1."""
+        """Before the first update on fresh samples the probability ratio is 1. Its pass may be the first on them."""
+        if "rollout/sampler_gap" in metrics:
+            self.check_distances(step, metrics)
         check_same_weights(metrics["logprob_change"], self.recipe.model.dtype, f"fresh samples of step {step + 1}")
 
     def learned(self, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], UserError | None]:
@@ -234,7 +241,10 @@ class OnlineCollector:
     # --- looking back ---
 
     def look_back(self, answers: Answers) -> Seen:
-        """Log-probs of the trained policy and the reference, and the critic's values, of a whole rollout."""
+        """Log-probs of the trained policy and the reference, and the critic's values, of a whole rollout.
+
+        The policy's are left to the update where it is the only one on the rollout and nothing needs them before.
+        """
         pool = sampled_pool(answers, list(range(len(answers))), self.recipe.train.answers)
         micros = list(pool.cut(self.budget))
         seen = [self.look_at(micro.rows) for micro in micros]
@@ -243,8 +253,19 @@ class OnlineCollector:
             return at_places(zip(micros, [getattr(part, name) for part in seen], strict=True), len(answers))
 
         return Seen(
-            whole("old_logprobs"), whole("ref_logprobs"), whole("old_values") if self.critic is not None else None
+            None if self.is_first_seen_in_update() else whole("old_logprobs"),
+            whole("ref_logprobs"),
+            whole("old_values") if self.critic is not None else None,
         )
+
+    def is_first_seen_in_update(self) -> bool:
+        """Whether the update's own pass says what the old log-probs are.
+
+        It is the only update, its loss is over all scored tokens, and no reward needs a KL.
+        """
+        train = self.recipe.train
+        is_only = train.inner_epochs == train.minibatches == 1 and self.critic is None
+        return is_only and self.recipe.kl.placement == "loss" and not self.recipe.scores.drop_unfinished
 
     def look_at(self, micro: Answers) -> Seen:
         """What the models say of a micro-batch, as wide as the rollout."""
@@ -258,10 +279,10 @@ class OnlineCollector:
             return torch.nn.functional.pad(value.cpu(), (0, right))
 
         with self.actor.evaluating():
-            old, ref = (
-                widen(whose(ids, attention, mask, sampling=self.recipe.sampling))
-                for whose in (self.actor, self.reference)
-            )
+            sampling = self.recipe.sampling
+            ref = widen(self.reference(ids, attention, mask, sampling=sampling))
+            is_later = self.is_first_seen_in_update()
+            old = None if is_later else widen(self.actor(ids, attention, mask, sampling=sampling))
         if self.critic is None:
             return Seen(old, ref)
         with self.critic.evaluating():

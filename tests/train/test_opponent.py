@@ -25,7 +25,7 @@ def lengths(rollout: Rollout) -> list[float | None]:
 
 
 def against(mixture: float) -> OnlineCollector:
-    one = collector(lengths, answers=2, prompts=8)
+    one = collector(lengths, answers=2, prompts=8, inner_epochs=2)
     return replace(one, opponent=Opponent(one.actor, one.reference, mixture))
 
 
