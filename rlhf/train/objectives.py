@@ -149,16 +149,17 @@ class PolicyObjective:
         logprobs, entropy = self.engine(
             experience.ids, experience.attention, mask, sampling=self.sampling, entropy=wants_entropy
         )
-        metrics: dict[str, tuple[Tensor, str]] = {}
+        first_seen: dict[str, tuple[Tensor, str]] = {}
         if experience.old_logprobs is None:  # this is the policy that sampled
             assert experience.sample_logprobs is not None, "nothing to compare the sampler with"
             experience = replace(experience, old_logprobs=logprobs.detach())
-            metrics = distances(logprobs.detach(), experience.ref_logprobs, experience.sample_logprobs, mask)
+            first_seen = distances(logprobs.detach(), experience.ref_logprobs, experience.sample_logprobs, mask)
         moved = {} if self.state.penalty_beta is None else {"beta": self.state.penalty_beta}
         losses, clipped = self.policy_loss(logprobs, experience.old_logprobs, experience.advantages, mask, **moved)
         policy = self.reduce(losses, mask)
         terms = {"policy": (policy, self.denominator, 1.0)}
-        metrics |= {"loss": (policy, self.denominator), **policy_metrics(logprobs.detach(), clipped, experience)}
+        metrics = {"loss": (policy, self.denominator), **policy_metrics(logprobs.detach(), clipped, experience)}
+        metrics.update(first_seen)
         metrics["entropy"] = (masked_sum(entropy, mask), "tokens")
         if self.entropy_coef:
             terms["entropy"] = (*metrics["entropy"], -self.entropy_coef)

@@ -34,8 +34,8 @@ class LogProb(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.tensor([0.5]))
 
-    def forward(self, ids, attention, start):
-        return -self.weight * ids[:, start:]
+    def forward(self, ids, attention, mask):
+        return -self.weight * ids[:, -mask.shape[1] :]
 
 
 def test_a_step_takes_its_slice_of_the_order(forked):
