@@ -17,7 +17,7 @@ from rlhf.errors import ResourceError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 from rlhf.run.rundir import RunDir
 from rlhf.train import memory
-from rlhf.train.checkpoints import Running, load_checkpoint, save_checkpoint
+from rlhf.train.checkpoints import Checkpoints, Running, load_checkpoint
 from rlhf.train.pool import Budget, Pool
 
 
@@ -119,7 +119,9 @@ def test_a_resumed_run_cuts_as_the_first_did(forked, tmp_path):
         engine = Engine(nn.Linear(2, 1), ZeroBlock(), bf16=False, optim=OptimBlock())
         found = Budget(1024, is_open=True)
         found.settle(4321)
-        save_checkpoint(stage, Running({"policy": engine}, budget=found), 3, keep=1)
+        with Checkpoints(stage, Running({"policy": engine}, budget=found), keep=1) as checkpoints:
+            checkpoints.save(3)
+            checkpoints.settle()
         assert json.loads((stage.checkpoint(3) / "MANIFEST.json").read_text())["micro_tokens"] == 4321
         again = Budget(1024, is_open=True)
         assert load_checkpoint(Path(stage.checkpoint(3)), Running({"policy": engine}, budget=again)) == 3
