@@ -52,7 +52,7 @@ def attention(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     unknown = [name for name in ("softcap", "position_bias", "s_aux") if options.get(name) is not None]
     if unknown:
-        raise NotImplementedError(f"attention with {', '.join(unknown)}")
+        raise RuntimeError(f"attention with {', '.join(unknown)}")
     number: int = module.layer_idx  # type: ignore[assignment]
     rules = {"scale": options.get("scaling"), "window": options.get("sliding_window")}
     return layout.attend(number, query, key, value, **rules, dropout=options.get("dropout", 0.0)), None

@@ -13,7 +13,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Literal
 
 import torch
 from peft import PeftModel
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from rlhf.errors import CheckpointError
 from rlhf.models.attention import install
-from rlhf.models.head import Question, TokenHead, adopt, in_pieces
+from rlhf.models.head import NO_EXTRAS, Extras, Question, TokenHead, adopt, in_pieces
 from rlhf.models.packing import pack
 from rlhf.recipe.schema import SamplingBlock
 
@@ -110,7 +109,7 @@ class RoleModule(nn.Module):
             self.packs = True
             try:
                 gap = float((call(ids, attention, mask)[mask].float() - plain).abs().max())
-            except (NotImplementedError, RuntimeError) as error:
+            except RuntimeError as error:
                 self.packs = False
                 return f"padded rows (flat ones fail with: {str(error).splitlines()[0]})"
         self.packs = gap <= _TOLERANCE[self.core.dtype]
@@ -149,24 +148,20 @@ class PolicyModule(RoleModule):
         attention: Tensor,
         mask: Tensor,
         sampling: SamplingBlock = UNCHANGED,
-        entropy: Literal["none", "value", "gradient"] = "none",
-        ref_distribution: Tensor | None = None,
-        contrast: int = 0,
-        whole: bool = False,
+        extras: Extras = NO_EXTRAS,
     ) -> Tensor | tuple[Tensor, ...]:
         """Log-probs of the tokens under the mask, under `sampling`'s distribution: (B, R) float32 in nats, else 0.
 
         ids, attention: (B, T); mask: (B, R) bool, of the last R columns. A token under it has a token before it.
-        Behind the log-probs, of the same shape, what else was asked for in the order of `Question`, whose fields the
-        further arguments are. With `whole` it is (M, V) alone, of the M tokens under the mask; a `ref_distribution` is
-        of that shape too.
+        Behind the log-probs, of the same shape, the extras in their order; `whole` is (M, V) alone, of the M tokens
+        under the mask.
         """
         _check_mask(ids, mask)
-        question = Question(ids[:, -mask.shape[1] :][mask], sampling, entropy, ref_distribution, contrast, whole)
+        question = Question(ids[:, -mask.shape[1] :][mask], sampling, extras)
         answers = (
             self._packed(ids, attention, mask, question) if self.packs else self._plain(ids, attention, mask, question)
         )
-        if whole:
+        if extras.whole:
             return answers[0]
         spread = [answer.new_zeros(mask.shape).masked_scatter(mask, answer) for answer in answers]
         return spread[0] if len(spread) == 1 else tuple(spread)

@@ -34,8 +34,8 @@ KEPT = 2**26  # logits that are kept for backward rather than made again, which 
 
 
 @dataclass(frozen=True)
-class Question:
-    """What is to be known of M positions: the log-prob of a token, and with it what else is asked for.
+class Extras:
+    """What else there is to know of M positions than the log-prob of a token.
 
     entropy: of its distribution, without or with gradient.
     ref_distribution: a reference's log-probs (M, V): KL(reference || policy).
@@ -43,37 +43,51 @@ class Question:
     whole: instead of all this, the log-probs of every token of the vocabulary, (M, V).
     """
 
-    targets: Tensor  # (M,)
-    sampling: SamplingBlock
     entropy: Literal["none", "value", "gradient"] = "none"
     ref_distribution: Tensor | None = None
     contrast: int = 0
     whole: bool = False
 
     @property
-    def is_plain(self) -> bool:
-        """Whether log-probs, and the entropy's value, are all that is asked for."""
+    def are_plain(self) -> bool:
+        """Whether the entropy's value is all that is asked for, if anything."""
         return not (self.whole or self.contrast or self.entropy == "gradient") and self.ref_distribution is None
+
+    def part(self, cut: slice) -> Extras:
+        """Those of some of the positions."""
+        return self if self.ref_distribution is None else replace(self, ref_distribution=self.ref_distribution[cut])
+
+
+NO_EXTRAS = Extras()
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of M positions."""
+
+    targets: Tensor  # (M,)
+    sampling: SamplingBlock
+    extras: Extras = NO_EXTRAS
 
     def part(self, cut: slice) -> Question:
         """The question about some of the positions."""
-        ref = None if self.ref_distribution is None else self.ref_distribution[cut]
-        return replace(self, targets=self.targets[cut], ref_distribution=ref)
+        return Question(self.targets[cut], self.sampling, self.extras.part(cut))
 
     def answer(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """From logits (M, V): (M,) log-probs and, in the order above, what else is asked for; float32."""
-        if self.whole:
+        """From logits (M, V): (M,) log-probs and, in the order of `Extras`, what else is asked for; float32."""
+        extras = self.extras
+        if extras.whole:
             return (logits.float().log_softmax(-1),)
         cut = {"top_k": self.sampling.top_k, "top_p": self.sampling.top_p}
         found = [token_logprobs(logits, self.targets, temperature=self.sampling.temperature, **cut)]
-        if self.entropy != "none":
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self.entropy == "gradient"):
+        if extras.entropy != "none":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and extras.entropy == "gradient"):
                 scaled = scale_logits(logits, temperature=self.sampling.temperature)
                 found.append(distribution_entropy(truncate_logits(scaled, **cut)))
-        if self.ref_distribution is not None:
-            found.append(token_forward_kl(self.ref_distribution, logits.float().log_softmax(-1)))
-        if self.contrast:
-            found.append(token_contrast(logits, self.targets, k=self.contrast))
+        if extras.ref_distribution is not None:
+            found.append(token_forward_kl(extras.ref_distribution, logits.float().log_softmax(-1)))
+        if extras.contrast:
+            found.append(token_contrast(logits, self.targets, k=extras.contrast))
         return tuple(found)
 
 
@@ -84,7 +98,7 @@ class TokenHead(nn.Linear):
         """Logits (..., V) of hidden states (..., H); with a question about (M, H), its answer."""
         if question is None:
             return super().forward(hidden)
-        if question.is_plain:
+        if question.extras.are_plain:
             return _plain_answer(hidden, self.weight, self.bias, question)
         return in_pieces(super().forward, hidden, question, self.out_features)
 
@@ -112,10 +126,11 @@ def in_pieces(
 
 
 def _plain_answer(hidden: Tensor, weight: Tensor, bias: Tensor | None, question: Question) -> tuple[Tensor, ...]:
+    wants_entropy = question.extras.entropy != "none"
     logprobs, entropy = _LinearLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, bias, question.targets, question.sampling, question.entropy != "none"
+        hidden, weight, bias, question.targets, question.sampling, wants_entropy
     )
-    return (logprobs,) if question.entropy == "none" else (logprobs, entropy)
+    return (logprobs, entropy) if wants_entropy else (logprobs,)
 
 
 class _LinearLogprobs(Function):

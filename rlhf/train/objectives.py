@@ -25,6 +25,7 @@ from rlhf.algo.sft import sft
 from rlhf.algo.value import VALUE_LOSSES
 from rlhf.batch import Experience, Loss, Pairs, Tokens
 from rlhf.engine.engine import Engine
+from rlhf.models.head import Extras
 from rlhf.recipe.schema import Block, OptimBlock, SamplingBlock
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.train.state import OnlineState
@@ -145,9 +146,9 @@ class PolicyObjective:
     def loss(self, micro: Experience) -> Loss:
         experience = trim_experience(micro).to(self.engine.device)
         mask = experience.response_mask
-        wants_entropy = "gradient" if self.entropy_coef else "value"
+        extras = Extras(entropy="gradient" if self.entropy_coef else "value")
         logprobs, entropy = self.engine(
-            experience.ids, experience.attention, mask, sampling=self.sampling, entropy=wants_entropy
+            experience.ids, experience.attention, mask, sampling=self.sampling, extras=extras
         )
         first_seen: dict[str, tuple[Tensor, str]] = {}
         if experience.old_logprobs is None:  # this is the policy that sampled

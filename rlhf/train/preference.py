@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from rlhf.algo.registry import Entry
 from rlhf.algo.unpaired import dro_value
 from rlhf.batch import AnswerLogprobs, Answers, ListLogprobs, Lists, Loss, PairLogprobs, Pairs, TokenLogprobs, Tokens
 from rlhf.engine.engine import Engine
+from rlhf.models.head import Extras
 from rlhf.recipe.loss_options import LossBlock
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train.describe_preferences import describe
@@ -161,11 +162,12 @@ class Policy:
         """Log-probs of the answers' tokens, and the rest."""
         answers = answers.to(self.engine.device)
         mask = trained(answers.mask)
-        asked: dict[str, Any] = {"contrast": self.contrast} if self.contrast else {}
+        extras = Extras(contrast=self.contrast)
         if self.whole is not None:
             with torch.no_grad():
-                asked["ref_distribution"] = self.whole(answers.ids, answers.attention, mask, whole=True)
-        found = self.engine(answers.ids, answers.attention, mask, **asked)
+                reference = self.whole(answers.ids, answers.attention, mask, extras=Extras(whole=True))
+            extras = replace(extras, ref_distribution=reference)
+        found = self.engine(answers.ids, answers.attention, mask, extras=extras)
         logprobs, *more = found if isinstance(found, tuple) else (found,)
         sums = [row_sums(values, mask) for values in more]
         kl = sums.pop(0) if self.whole is not None else None

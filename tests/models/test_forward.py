@@ -5,6 +5,7 @@ import torch
 
 from rlhf.models.build import add_lora
 from rlhf.models.forward import PolicyModule, ScorerModule
+from rlhf.models.head import Extras
 from rlhf.recipe.schema import LoraBlock, SamplingBlock
 
 
@@ -82,7 +83,7 @@ def test_sampling_options_shape_the_distribution(tiny):
     )
     sampling = SamplingBlock(temperature=0.7, top_k=5)
     logprobs, entropy = PolicyModule(model)(
-        ids, torch.ones_like(ids), after(ids, 3), sampling=sampling, entropy="value"
+        ids, torch.ones_like(ids), after(ids, 3), sampling=sampling, extras=Extras(entropy="value")
     )
     expected = kept.log_softmax(-1).gather(-1, ids[:, 3:, None]).squeeze(-1)
     torch.testing.assert_close(logprobs, expected, atol=1e-5, rtol=0)
@@ -95,7 +96,7 @@ def test_outputs_are_float32_under_bf16(tiny):
     ids = torch.randint(5, 300, (2, 6))
     policy, scorer = PolicyModule(tiny("llama").bfloat16()), ScorerModule(tiny("llama", scorer=True).bfloat16())
     outputs = [
-        *policy(ids, ids > 0, after(ids, 2), entropy="value"),
+        *policy(ids, ids > 0, after(ids, 2), extras=Extras(entropy="value")),
         scorer(ids, ids > 0),
         scorer(ids, ids > 0, after(ids, 2)),
     ]

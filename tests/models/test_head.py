@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlhf.models import head
-from rlhf.models.head import Question, TokenHead, adopt
+from rlhf.models.head import Extras, Question, TokenHead, adopt
 from rlhf.recipe.schema import SamplingBlock
 
 SAMPLINGS = [SamplingBlock(), SamplingBlock(temperature=0.6), SamplingBlock(temperature=1.3, top_k=4, top_p=0.9)]
@@ -22,7 +22,7 @@ def test_pieces_are_the_whole(monkeypatch, kept, bias, sampling, rows):
     torch.manual_seed(0)
     layer = torch.nn.Linear(8, 20, bias=bias).double()
     hidden = torch.randn(rows, 8, dtype=torch.float64, requires_grad=True)
-    question = Question(torch.randint(20, (rows,)), sampling, "value")
+    question = Question(torch.randint(20, (rows,)), sampling, Extras(entropy="value"))
     weights = torch.randn(rows, dtype=torch.float64)
     found = []
     for ask in (lambda: question.answer(layer(hidden)), lambda: layer(hidden, question)):

@@ -13,6 +13,7 @@ from torch.nn.attention import varlen
 from rlhf.models import tree_attention
 from rlhf.models.build import add_lora
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
+from rlhf.models.head import Extras
 from rlhf.models.packing import pack, shared_beginnings
 from rlhf.recipe.schema import LoraBlock, SamplingBlock
 
@@ -76,7 +77,7 @@ def test_log_probs_and_gradients(tiny, name, shape):
     policy = PolicyModule(tiny(name, max_position_embeddings=128, n_positions=128))
     assert policy.can_pack()
     outside = torch.ones_like(mask)
-    plain, packed = both_paths(policy, ids, attention, mask, entropy="value")
+    plain, packed = both_paths(policy, ids, attention, mask, extras=Extras(entropy="value"))
     assert_equal(plain, packed, 1e-5)
     assert (plain[0][..., 0][outside & ~mask] == 0).all()
 
@@ -104,14 +105,16 @@ def test_every_question_is_answered_alike(tiny):
     policy = PolicyModule(tiny("llama", max_position_embeddings=128))
     other = PolicyModule(tiny("llama", max_position_embeddings=128, initializer_range=0.1))
     with torch.no_grad():
-        reference = other(ids, attention, mask, whole=True)
+        reference = other(ids, attention, mask, extras=Extras(whole=True))
         assert reference.shape == (int(mask.sum()), 300)
         other.packs = other.can_pack()
-        torch.testing.assert_close(other(ids, attention, mask, whole=True), reference, atol=1e-5, rtol=0)
-    options = {"sampling": SamplingBlock(temperature=0.7, top_k=20, top_p=0.9), "entropy": "gradient"}
+        torch.testing.assert_close(other(ids, attention, mask, extras=Extras(whole=True)), reference, atol=1e-5, rtol=0)
+    sampling = {"sampling": SamplingBlock(temperature=0.7, top_k=20, top_p=0.9)}
+    asked = [Extras(entropy="gradient"), Extras(ref_distribution=reference), Extras(contrast=3)]
+    options = [sampling, {**sampling, "extras": asked[0]}, *({"extras": extras} for extras in asked)]
     assert policy.can_pack()
-    for asked in (options, {"ref_distribution": reference}, {"contrast": 3}, {"sampling": options["sampling"]}):
-        assert_equal(*both_paths(policy, ids, attention, mask, **asked), 1e-5)
+    for each in options:
+        assert_equal(*both_paths(policy, ids, attention, mask, **each), 1e-5)
 
 
 def test_an_adapter_checkpointing_and_its_absence(tiny):

@@ -12,6 +12,7 @@ from rlhf.errors import CheckpointError
 from rlhf.models.build import Setup, build_policy, build_scorer
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
+from rlhf.models.head import Extras
 from rlhf.models.shared import Role, SharedModule, alone, build_shared, stored_config
 from rlhf.recipe.schema import LoraBlock, SamplingBlock
 
@@ -96,8 +97,8 @@ def test_a_base_that_is_the_policys_start(folders, tokenizer, family, ragged):
     close(shared(ids, attention, mask=after(ids), role="critic"), rm(ids, attention, after(ids)))
     sampling = SamplingBlock(temperature=0.7, top_k=9)
     for found, expected in zip(
-        shared(ids, attention, mask=after(ids), role="policy", sampling=sampling, entropy="value"),
-        policy(ids, attention, after(ids), sampling, entropy="value"),
+        shared(ids, attention, mask=after(ids), role="policy", sampling=sampling, extras=Extras(entropy="value")),
+        policy(ids, attention, after(ids), sampling, extras=Extras(entropy="value")),
         strict=True,
     ):
         close(found, expected)

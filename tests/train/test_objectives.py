@@ -306,9 +306,9 @@ def test_every_way_to_add_a_loss_up(aggregation, total, denominator):
 def test_entropy_is_a_term_where_it_has_a_weight():
     with_bonus = policy([[-1.0, -1.0], [-1.0, 5.0]], entropy_coef=0.5)
     assert terms(with_bonus.loss(sampled()))["entropy"] == (6.0, "tokens", -0.5)
-    assert with_bonus.engine.calls[0][2]["entropy"] == "gradient"
+    assert with_bonus.engine.calls[0][2]["extras"].entropy == "gradient"
     without = policy([[-1.0, -1.0], [-1.0, 5.0]])
-    assert "entropy" not in terms(without.loss(sampled())) and without.engine.calls[0][2]["entropy"] == "value"
+    assert "entropy" not in terms(without.loss(sampled())) and without.engine.calls[0][2]["extras"].entropy == "value"
 
 
 def test_coefficients_are_read_from_the_state_when_they_are_used():
