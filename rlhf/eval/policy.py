@@ -60,8 +60,7 @@ def evaluate_policy(stage: StageDir, reference: PolicyModule, prompts: str, samp
             seeds=[example.row for example in part],
             decode=decoder(tokenizer),
         )
-        start = rollout.ids.shape[1] - rollout.response_mask.shape[1]
-        distances = _distances(policy, reference, rollout.ids, rollout.attention, start, sampling)
+        distances = _distances(policy, reference, rollout.ids, rollout.attention, rollout.response_mask, sampling)
         kl += torch.where(rollout.response_mask, distances, 0.0).double().sum(-1).tolist()
         texts += rollout.texts
     return Answers(texts, kl)

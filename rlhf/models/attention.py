@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -35,6 +36,13 @@ class Layout(Protocol):
         layer: the layer's number. scale: of the scores; None: 1 / sqrt(D). window: the most tokens one attends to.
         dropout: the probability that an attention weight is set to 0.
         """
+
+
+class Step(Protocol):
+    """A forward pass in which a layout attends."""
+
+    def __call__(self, ids: Tensor, positions: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+        """ids, positions (b, t) -> logits (., V) of the positions to keep in each row; None: of all b x t."""
 
 
 def attention(
@@ -70,3 +78,17 @@ def install(core: PreTrainedModel) -> bool:
         return False
     core.set_attn_implementation(NAME)
     return True
+
+
+def laid_out(core: nn.Module, ids: Tensor, positions: Tensor, layout: Layout, keep: Tensor | None) -> Tensor:
+    """The `Step` of a Hugging Face model that takes layouts."""
+    output = core(
+        input_ids=ids,
+        attention_mask=torch.zeros(1, 1, 1, 1, device=ids.device),  # keeps the model from making one
+        position_ids=positions,
+        use_cache=False,
+        logits_to_keep=0 if keep is None else keep,
+        layout=layout,
+    )
+    logits: Tensor = output.logits
+    return logits.flatten(0, 1)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from peft import PeftModel
@@ -20,7 +21,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from rlhf.errors import CheckpointError
-from rlhf.models.attention import install
+from rlhf.models.attention import Step, install, laid_out
+from rlhf.models.cpu_decoder import CpuDecoder, has_cpu_decoder
+from rlhf.models.decoding import decoding_weights
 from rlhf.models.head import NO_EXTRAS, Extras, Question, TokenHead, adopt, in_pieces
 from rlhf.models.packing import pack
 from rlhf.recipe.schema import SamplingBlock
@@ -85,10 +88,22 @@ class RoleModule(nn.Module):
         arguments = inspect.signature(self.decoder.forward).parameters.values()
         return (
             kinds <= {"full_attention", "sliding_attention"}
+            and getattr(config, "attn_logit_softcapping", None) is None
             and self._takes_positions
             and any(argument.kind is inspect.Parameter.VAR_KEYWORD for argument in arguments)
             and install(self.core)
         )
+
+    @contextmanager
+    def decoding(self, dtype: torch.dtype | None) -> Iterator[Step | None]:
+        """Inside, the weights are those to sample with (None: in their own dtype), see `decoding_weights`.
+
+        Gives the forward pass that takes a layout, None where the model cannot. Nothing may train while it lasts.
+        """
+        core, takes_layouts = self.core, self.can_pack()
+        on_cpu = takes_layouts and has_cpu_decoder(core, core.dtype if dtype is None else dtype)
+        with decoding_weights(core, dtype, pack=not on_cpu):
+            yield CpuDecoder(core) if on_cpu else partial(laid_out, core) if takes_layouts else None
 
     def prove(self, call: Callable[..., Tensor]) -> str:
         """Choose the packed path where it gives the plain one's numbers. Returns the choice in words.

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from rlhf.algo.logprobs import mixed_logits
+from rlhf.models.decoding import decoding_weights
 from rlhf.models.forward import RoleModule
 
 
@@ -67,6 +69,14 @@ class Mixture(nn.Module):
     def inputs(self, ids: Tensor, attention: Tensor) -> dict[str, Tensor]:
         """Arguments of `forward`; each policy makes its own positions of them."""
         return {"input_ids": ids, "attention_mask": attention.long()}
+
+    @contextmanager
+    def decoding(self, dtype: torch.dtype | None) -> Iterator[None]:
+        """Inside, both policies are ready to sample; adapters stay apart, since the reference may be without."""
+        with ExitStack() as entered:
+            for core in {id(each): each for each in (self.policy.core, self.reference.core)}.values():
+                entered.enter_context(decoding_weights(core, dtype, merge=False))
+            yield
 
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, past_key_values: Caches | None = None, **options: Any

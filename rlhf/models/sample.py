@@ -1,27 +1,56 @@
-"""Sampling answers: each prompt is read once, its answers share that work, and finished answers leave the batch.
+"""Sampling answers: a prompt is read once for all its answers, and whoever has finished makes room for who waits.
 
-An answer is a function of the weights, its prompt and its seed: not of the other rows, nor of the rank. (Equal up to
-the rounding of batched matrix products, which can turn a draw only where it falls on the edge between two tokens.)
+An answer is a function of the weights, its prompt and its seed: not of the other rows, of how many are sampled at a
+time, nor of the rank. (Equal up to the rounding of batched matrix products, which can turn a draw only where it falls
+on the edge between two tokens.)
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from rlhf.algo.logprobs import scale_logits, truncate_logits
 from rlhf.batch import Prompts, Rollout
-from rlhf.errors import CheckpointError, RecipeError
+from rlhf.errors import RecipeError
+from rlhf.models.attention import Step
 from rlhf.models.build import max_positions
+from rlhf.models.cached import Wave
+from rlhf.models.draw import Drawn
 from rlhf.models.forward import PolicyModule, evaluating
+from rlhf.models.kv_cache import Decoding, KeyValueCache, holes_filled
+from rlhf.models.load import DTYPES
 from rlhf.recipe.schema import SamplingBlock
 
-# Dropping finished rows copies the whole cache, which every decoding step does anyway; below this share of live rows
-# the smaller batch has won it back within a few tokens.
-_COMPACT_BELOW = 0.85
+# Those who wait enter a few at a time: reading one prompt costs hardly less than reading several.
+_ENTER_TOGETHER = 1 / 8
+
+
+class Generator(Protocol):
+    """Whatever answers prompts: `generate` here, or an engine outside of this process."""
+
+    def __call__(
+        self,
+        policy: PolicyModule,
+        prompts: Prompts,
+        *,
+        answers: int,
+        sampling: SamplingBlock,
+        stop_ids: Collection[int],
+        pad_id: int,
+        seeds: list[int],
+        decode: Callable[[list[int]], str],
+        slots: int,
+    ) -> Rollout:
+        """`answers` answers to each prompt; row n * answers + g is answer g of prompt n. Tensors come back on the CPU.
+
+        policy: with whole weights. seeds: one per row; equal seeds give equal answers. An answer ends with a token of
+        `stop_ids`, which belongs to it, or unfinished after `sampling.max_new_tokens`. R is the length of the longest
+        answer of this call. `sample_logprobs` are those of the distribution that was drawn from, after temperature,
+        top-k and top-p, in nats. slots: answers sampled at a time, which decides the speed and the memory alone.
+        """
 
 
 @torch.no_grad()
@@ -35,145 +64,110 @@ def generate(
     pad_id: int,
     seeds: list[int],
     decode: Callable[[list[int]], str],
+    slots: int = 64,
 ) -> Rollout:
-    """`answers` answers to each prompt; row n * answers + g is answer g of prompt n. Tensors come back on the CPU.
+    """A `Generator` in this process, on the policy's own weights and device.
 
     Tokens are drawn by inverting the cumulative distribution at uniforms drawn up front from each row's seed (of which
-    torch uses the lower 32 bits). An answer ends with a token of `stop_ids`, which belongs to it, or unfinished after
-    `sampling.max_new_tokens`. R is the length of the longest answer of this call.
+    torch uses the lower 32 bits). Models whose attention takes layouts run on a cache of our own; others run on that of
+    transformers, where the answers to as many prompts as `slots` has room for are sampled before the next ones enter.
     """
     assert len(seeds) == len(prompts) * answers, f"{len(prompts)} x {answers} rows need as many seeds, got {len(seeds)}"
     _check_room(policy, prompts, sampling.max_new_tokens)
-    with evaluating(policy):
-        decoding = _Decoding(policy, prompts, answers, sampling, stop_ids, pad_id, seeds)
-        while decoding.step():
-            pass
-    return decoding.rollout(prompts, answers, decode)
+    device = next(policy.parameters()).device
+    drawn = Drawn(sampling, seeds, stop_ids, pad_id, device)
+    dtype = None if sampling.decode_dtype == "auto" else DTYPES[sampling.decode_dtype]
+    with evaluating(policy), policy.decoding(dtype) as forward:
+        if forward is not None:
+            engine = _Engine(forward, prompts, answers, drawn, slots)
+            while engine.step():
+                pass
+        else:
+            together = max(1, slots // answers)
+            for start in range(0, len(prompts), together):
+                wave = Wave(policy, prompts, answers, drawn, range(start, min(start + together, len(prompts))))
+                while wave.step():
+                    pass
+    return drawn.rollout(prompts, answers, decode)
 
 
-class _Decoding:
-    """The state of one batch while it is sampled. B rows of the result, b <= B rows still in the cache."""
+class _Engine:
+    """Continuous batching. Of the B rows of the result, b are in the cache, in slots 0..b - 1, and others wait."""
 
-    def __init__(
-        self,
-        policy: PolicyModule,
-        prompts: Prompts,
-        answers: int,
-        sampling: SamplingBlock,
-        stop_ids: Collection[int],
-        pad_id: int,
-        seeds: list[int],
-    ) -> None:
-        device = next(policy.parameters()).device
-        self.policy, self.sampling, self.pad_id = policy, sampling, pad_id
-        self.stop_ids = torch.tensor(sorted(stop_ids), device=device)
-        total, width = len(seeds), sampling.max_new_tokens
-        self.tokens = torch.full((total, width), pad_id, device=device)
-        self.logprobs = torch.zeros(total, width, device=device)
-        self.lengths = torch.zeros(total, dtype=torch.long, device=device)
-        self.finished = torch.zeros(total, dtype=torch.bool, device=device)
-        self.uniforms = uniforms(seeds, width).to(device)
-        self.done = 0  # tokens sampled so far
-        # Of the rows in the cache: their number in the result, whether they still grow, what they attend to.
-        self.rows = torch.arange(total, device=device)
-        self.alive = torch.ones(total, dtype=torch.bool, device=device)
-        inputs = policy.inputs(prompts.ids.to(device), prompts.attention.to(device))
-        output = policy.core(**inputs, use_cache=True, logits_to_keep=1)
-        self.cache = _repeated(output, answers, policy)
-        self.logits = output.logits[:, -1].repeat_interleave(answers, 0)  # (b, V)
-        grown = torch.ones(len(prompts), width, dtype=torch.long, device=device)
-        self.attention = torch.cat([inputs["attention_mask"], grown], 1).repeat_interleave(answers, 0)  # (b, P + width)
-        self.prompt_width = prompts.ids.shape[1]
+    def __init__(self, forward: Step, prompts: Prompts, answers: int, drawn: Drawn, slots: int) -> None:
+        total, device = len(drawn.lengths), drawn.tokens.device
+        self.forward, self.answers, self.drawn, self.device = forward, answers, drawn, device
+        self.prompts = [ids[real] for ids, real in zip(prompts.ids.cpu(), prompts.attention.cpu().bool(), strict=True)]
+        slots = min(slots, total)
+        self.cache = KeyValueCache(
+            slots=slots,
+            places=min(slots, len(prompts)),
+            width=max(map(len, self.prompts)),
+            room=drawn.tokens.shape[1],
+            device=device,
+        )
+        self.enter_together = max(1, int(slots * _ENTER_TOGETHER))
+        self.entered = 0  # rows enter in their order
+        self.rows: list[int] = []  # in the slots
+        self.read: list[int] = []  # prompts in the places
+        self.first: dict[int, Tensor] = {}  # prompt -> logits of an answer's first token, while answers to it wait
+        self.choice = torch.zeros(0, dtype=torch.long, device=device)  # the last token in every slot
+        self.layout: Decoding | None = None  # None: who is in the cache has changed
 
     def step(self) -> bool:
-        """Sample one token of every growing row. False when there is nothing left to sample."""
-        choice, logprob = draw(self.logits, self.uniforms[self.rows, self.done], self.sampling)
-        self.tokens[self.rows, self.done] = torch.where(self.alive, choice, self.pad_id)
-        self.logprobs[self.rows, self.done] = torch.where(self.alive, logprob, 0.0)
-        self.lengths[self.rows] += self.alive
-        self.done += 1
-        stops = torch.isin(choice, self.stop_ids)
-        self.finished[self.rows] |= stops  # rows that do not grow are finished already
-        self.alive = self.alive & ~stops
-        num_alive = int(self.alive.sum())
-        if num_alive == 0 or self.done == self.tokens.shape[1]:
-            return False
-        if num_alive <= _COMPACT_BELOW * len(self.rows):
-            choice = self.compact(choice)
-        self.advance(choice)
-        return True
+        """Sample one token of every answer in the cache, new ones included. False when all are done."""
+        found = [self.advance()] if self.rows else []
+        waiting = len(self.drawn.lengths) - self.entered
+        if waiting and self.cache.slots - len(self.rows) >= min(waiting, self.enter_together):
+            found.append(self.enter())
+        self.choice, keep = self.drawn.draw(self.rows, torch.cat(found) if len(found) > 1 else found[0])
+        if not all(keep):
+            self.leave(keep)
+        return bool(self.rows) or self.entered < len(self.drawn.lengths)
 
-    def compact(self, choice: Tensor) -> Tensor:
-        """Take the finished rows out of the cache."""
-        kept = self.alive.nonzero().squeeze(-1)
-        self.cache.batch_select_indices(kept)
-        self.rows, self.attention, self.alive = self.rows[kept], self.attention[kept], self.alive[kept]
-        return choice[kept]
+    def advance(self) -> Tensor:
+        """Run the model on the tokens just drawn; logits (b, V) of what follows them."""
+        if self.layout is None:
+            self.layout = self.cache.decoding()
+        else:
+            self.layout.next()
+        return self.forward(self.choice[:, None], self.layout.positions, self.layout, None)
 
-    def advance(self, choice: Tensor) -> None:
-        """Run the model on the tokens just drawn, one per row."""
-        seen = self.attention[:, : self.prompt_width + self.done]
-        inputs = self.policy.inputs(choice[:, None], seen)
-        output = self.policy.core(**inputs, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
-        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+    def enter(self) -> Tensor:
+        """Let in as many answers as there is room for; their first logits (m, V)."""
+        end = min(self.entered + self.cache.slots - len(self.rows), len(self.drawn.lengths))
+        rows = list(range(self.entered, end))
+        prompts = [row // self.answers for row in rows]
+        if new := [prompt for prompt in dict.fromkeys(prompts) if prompt not in self.first]:
+            self.read_prompts(new)
+        self.cache.add_answers([self.read.index(prompt) for prompt in prompts])
+        self.rows += rows
+        self.entered, self.layout = end, None
+        logits = torch.stack([self.first[prompt] for prompt in prompts])
+        self.first = {prompt: each for prompt, each in self.first.items() if (prompt + 1) * self.answers > end}
+        return logits
 
-    def rollout(self, prompts: Prompts, answers: int, decode: Callable[[list[int]], str]) -> Rollout:
-        """The finished record, as wide as its longest answer."""
-        lengths = self.lengths.cpu()
-        width = int(lengths.max())
-        tokens = self.tokens[:, :width].cpu()
-        mask = torch.arange(width) < lengths[:, None]  # (B, R)
-        return Rollout(
-            ids=torch.cat([prompts.ids.cpu().repeat_interleave(answers, 0), tokens], 1),
-            attention=torch.cat([prompts.attention.cpu().bool().repeat_interleave(answers, 0), mask], 1),
-            response_mask=mask,
-            sample_logprobs=self.logprobs[:, :width].cpu(),
-            finished=self.finished.cpu(),
-            texts=[decode(row[:length].tolist()) for row, length in zip(tokens, lengths.tolist(), strict=True)],
-            rows=[row for row in prompts.rows for _ in range(answers)],
-        )
+    def read_prompts(self, new: list[int]) -> None:
+        """Run the model on prompts, in one row without padding."""
+        device, ids = self.device, [self.prompts[prompt] for prompt in new]
+        segments = self.cache.add_prompts(list(map(len, ids)))
+        positions = torch.cat([torch.arange(len(each)) for each in ids]).to(device)
+        last = torch.tensor([segment.stop - 1 for segment in segments], device=device)
+        logits = self.forward(torch.cat(ids)[None].to(device), positions[None], self.cache.reading(segments), last)
+        self.read += new
+        self.first |= dict(zip(new, logits, strict=True))
 
-
-def uniforms(seeds: list[int], count: int) -> Tensor:
-    """(B, count) numbers in [0, 1), each row from its own seed."""
-    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
-
-
-def draw(logits: Tensor, uniform: Tensor, sampling: SamplingBlock) -> tuple[Tensor, Tensor]:
-    """One token per row of (b, V) logits by inverting the cumulative distribution at (b,) uniforms, and its log-prob.
-
-    The token is the first whose cumulative probability exceeds the uniform. The log-prob is the one that training
-    computes: temperature, then top-k, then top-p, renormalised, in float32.
-    """
-    scaled = scale_logits(logits, temperature=sampling.temperature)
-    scaled = truncate_logits(scaled, top_k=sampling.top_k, top_p=sampling.top_p)
-    largest, likeliest = scaled.max(-1, keepdim=True)
-    shifted = scaled - largest
-    cumulative = shifted.exp().cumsum(-1)
-    total = cumulative[:, -1:]
-    choice = torch.searchsorted(cumulative, uniform[:, None] * total, right=True).clamp(max=logits.shape[-1] - 1)
-    # A product rounded up to the total, or parallel sums that do not quite rise, can point at a token of probability 0.
-    choice = torch.where(shifted.gather(-1, choice) == -torch.inf, likeliest, choice)
-    return choice.squeeze(-1), (shifted.gather(-1, choice) - total.log()).squeeze(-1)
-
-
-def _repeated(output: Any, answers: int, policy: PolicyModule) -> Any:
-    """The prompts' cache, once per answer."""
-    cache = output.past_key_values if "past_key_values" in output else None
-    if not hasattr(cache, "layers") or not all(map(_can_be_cut, cache.layers)):
-        raise CheckpointError(
-            f"expected a model with a key/value cache per layer, found a {type(policy.core).__name__} without",
-            fix="Answers can be sampled from attention models only; choose another architecture.",
-        )
-    if answers > 1:
-        cache.batch_repeat_interleave(answers)
-    return cache
-
-
-def _can_be_cut(layer: Any) -> bool:
-    """Whether rows of a layer's cache can be repeated and dropped; recurrent states cannot."""
-    has_methods = hasattr(layer, "batch_repeat_interleave") and hasattr(layer, "batch_select_indices")
-    return has_methods and not hasattr(layer, "update_conv_state")
+    def leave(self, keep: list[bool]) -> None:
+        """Take ended answers out of the cache, and prompts that nobody needs any more."""
+        kept = holes_filled(keep)
+        self.cache.drop_answers(kept)
+        self.rows = [self.rows[old] for old in kept]
+        self.choice = self.choice[torch.tensor(kept, dtype=torch.long, device=self.choice.device)]
+        needed = {row // self.answers for row in self.rows} | self.first.keys()
+        kept = holes_filled([prompt in needed for prompt in self.read])
+        self.cache.drop_prompts(kept)
+        self.read = [self.read[old] for old in kept]
+        self.layout = None
 
 
 def _check_room(policy: PolicyModule, prompts: Prompts, max_new_tokens: int) -> None:

@@ -344,6 +344,9 @@ class SamplingBlock(Block):
     )
     top_k: int = Field(0, ge=0, description="sample from the k most likely tokens; 0: off")
     stop: list[str] = Field([], description="further tokens that end an answer, beside the model's own end tokens")
+    decode_dtype: Literal["auto", "fp32", "bf16"] = Field(
+        "auto", description="precision that answers are sampled in; auto: the model's own"
+    )
 
 
 class CheckpointBlock(Block):

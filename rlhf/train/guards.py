@@ -41,6 +41,7 @@ def check_sampler(gap: float, dtype: str, step: int) -> None:
     """Refuse a rollout that another distribution was sampled from than the one that is trained.
 
     gap: `rollout/sampler_gap`, mean |old - sample| log-probability over the rollout's tokens, nats per token.
+    dtype: the narrower one of the two.
     """
     allowed = _SAME_SAMPLER[dtype]
     if not math.isfinite(gap) or gap > allowed:

@@ -92,7 +92,7 @@ class LabelCollector:
         filled = places + places[-1:] * (size - len(places))
         seeds = [derive(self.label.seed, "label", place, g) for place in filled for g in range(self.label.answers)]
         examples = [self.prompts[place] for place in filled]
-        ask = partial(generate, policy, examples, seeds, self.recipe.sampling, self.sampler)
+        ask = partial(generate, policy, examples, seeds, self.recipe.sampling, self.sampler, self.label.rollout_batch)
         rollout = dist.agreed(ask)
         found = None if self.scorer is None else self.scorer(rollout)
         lengths, widths = rollout.response_mask.sum(-1).tolist(), rollout.attention.sum(-1).tolist()

@@ -46,7 +46,7 @@ from rlhf.train.opponent import Opponent
 from rlhf.train.overoptimisation import Scale
 from rlhf.train.pool import Budget, Pool, at_places, sampled_pool
 from rlhf.train.roles import Reference
-from rlhf.train.rollout import Sampler, generate, join_rollouts
+from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive, permutation
 from rlhf.train.state import OnlineState
 from rlhf.train.supervised import Dataset
@@ -110,7 +110,8 @@ class OnlineCollector:
     def check_distances(self, step: int, metrics: dict[str, float]) -> None:
         """The policy is the one that sampled, and at the start its reference."""
         dtype = self.recipe.model.dtype
-        check_sampler(metrics["rollout/sampler_gap"], dtype, step)
+        narrowest = "bf16" if "bf16" in (dtype, self.recipe.sampling.decode_dtype) else "fp32"
+        check_sampler(metrics["rollout/sampler_gap"], narrowest, step)
         if step == 0 and self.starts_at_reference:
             check_same_weights(metrics["rollout/ref_gap"], dtype, "policy and reference at the start")
 
@@ -221,22 +222,17 @@ class OnlineCollector:
             sampling = greedy_sampling(sampling)
         count = 1 if whose == "greedy" else train.answers
         places = order.share(list(range(train.prompts)), dist.rank(), dist.world_size())
-        chunk = max(1, train.rollout_batch // count)
-        parts = []
         purpose = "opponent" if whose == "opponent" else "sample"
         source = self.opponent if whose == "opponent" else self.actor
         assert source is not None
+        prompts = [self.prompts[rows[place]] for place in places]
+        seeds = [
+            derive(train.seed, purpose, step, place + refill * train.prompts, g)
+            for place in places
+            for g in range(count)
+        ]
         with source.gathered() as policy:
-            for i in range(0, len(places), chunk):
-                part = places[i : i + chunk]
-                prompts = [self.prompts[rows[place]] for place in part]
-                seeds = [
-                    derive(train.seed, purpose, step, place + refill * train.prompts, g)
-                    for place in part
-                    for g in range(count)
-                ]
-                parts.append(generate(policy, prompts, seeds, sampling, self.sampler))
-        return join_rollouts(parts, self.sampler.pad_id)
+            return generate(policy, prompts, seeds, sampling, self.sampler, train.rollout_batch)
 
     # --- looking back ---
 

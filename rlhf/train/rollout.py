@@ -1,4 +1,4 @@
-"""Answers to prompts from the current policy: sampled in chunks, joined to one rollout."""
+"""Answers to prompts from the current policy: sampled by all ranks at once, or in turns."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
-
-import torch
 
 from rlhf.batch import Rollout
 from rlhf.data import collate
@@ -26,20 +24,23 @@ class Sampler:
     stop_ids: list[int]
     pad_id: int
     decode: Callable[[list[int]], str]
+    engine: sample.Generator = sample.generate
 
 
-def generate(policy: Any, prompts: list[PromptExample], seeds: list[int], sampling: Any, sampler: Sampler) -> Rollout:
-    """Answers to prompts, len(seeds) / len(prompts) each."""
-    batch = collate.prompts(prompts, sampler.pad_id)
-    return sample.generate(
+def generate(
+    policy: Any, prompts: list[PromptExample], seeds: list[int], sampling: Any, sampler: Sampler, slots: int = 64
+) -> Rollout:
+    """Answers to prompts, len(seeds) / len(prompts) each, of which `slots` are sampled at a time."""
+    return sampler.engine(
         policy,
-        batch,
+        collate.prompts(prompts, sampler.pad_id),
         answers=len(seeds) // len(prompts),
         sampling=sampling,
         stop_ids=sampler.stop_ids,
         pad_id=sampler.pad_id,
         seeds=seeds,
         decode=sampler.decode,
+        slots=slots,
     )
 
 
@@ -55,30 +56,3 @@ def in_turns(batches: Sequence[Batch], work: Callable[[Batch], list[Result]]) ->
         found = work(batches[min(number, len(batches) - 1)])
         mine += found if number < len(batches) else []
     return list(itertools.chain.from_iterable(dist.gather_objects(mine)))
-
-
-def join_rollouts(parts: list[Rollout], pad_id: int) -> Rollout:
-    """Rollouts of several chunks as one, padded to common prompt and response widths."""
-    wide_r = max(part.response_mask.shape[1] for part in parts)
-    wide_p = max(part.ids.shape[1] - part.response_mask.shape[1] for part in parts)
-    widened = []
-    for part in parts:
-        responses = part.response_mask.shape[1]
-        left, right = wide_p - (part.ids.shape[1] - responses), wide_r - responses
-        pad = torch.nn.functional.pad
-        widened.append(
-            Rollout(
-                pad(part.ids, (left, right), value=pad_id),
-                pad(part.attention, (left, right)),
-                pad(part.response_mask, (0, right)),
-                pad(part.sample_logprobs, (0, right)),
-                part.finished,
-                part.texts,
-                part.rows,
-            )
-        )
-    tensors = [
-        torch.cat([getattr(part, name) for part in widened])
-        for name in ("ids", "attention", "response_mask", "sample_logprobs", "finished")
-    ]
-    return Rollout(*tensors, [t for part in widened for t in part.texts], [r for part in widened for r in part.rows])

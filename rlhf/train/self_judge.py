@@ -130,6 +130,7 @@ class SelfJudge:
         """(name, text) of every vote of a batch. A short batch is filled up with its last question."""
         filled = batch + batch[-1:] * (size - len(batch))
         examples, seeds = [each.example for each in filled], [seed for each in filled for seed in each.seeds]
-        rollout = dist.agreed(lambda: generate(policy, examples, seeds, self.block.sampling, self.sampler))
+        slots = self.label.rollout_batch
+        rollout = dist.agreed(lambda: generate(policy, examples, seeds, self.block.sampling, self.sampler, slots))
         keys = [key for each in batch for key in each.keys]
         return list(zip(keys, rollout.texts, strict=False))
