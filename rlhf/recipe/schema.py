@@ -325,7 +325,7 @@ class OnlineTrainBlock(LearnBlock):
     answers: int = Field(1, ge=1, description="answers sampled per prompt")
     inner_epochs: int = Field(1, ge=1, description="passes over each rollout")
     minibatches: int = Field(1, ge=1, description="optimizer steps per pass; must divide prompts x answers")
-    rollout_batch: int = Field(64, ge=1, description="rows sampled together on a device")
+    rollout_batch: int = Field(64, ge=1, description="answers sampled at a time on a device, while others wait")
     target_kl: float | None = Field(
         None, gt=0, description="make no further update on a rollout once the policy moved this far, in nats per token"
     )
