@@ -11,6 +11,7 @@ Prints tokens per second, the median over rounds, and its ratio to `model.genera
 from __future__ import annotations
 
 import argparse
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -65,7 +66,7 @@ class Live(PolicyModule):
 def fresh() -> LlamaForCausalLM:
     """The model, with equal weights every time."""
     torch.manual_seed(0)
-    model = LlamaForCausalLM(CONFIG)
+    model = LlamaForCausalLM(copy.deepcopy(CONFIG))
     model.set_attn_implementation("sdpa")
     return model.eval().requires_grad_(False)
 
@@ -144,7 +145,7 @@ def main() -> None:
         "bf16": partial(ours, policy, prompts, *shape, "bf16"),
     }
     if given.continuous:
-        sides["generate_batch"] = partial(continuous, policy.core, prompts, given.answers)
+        sides["generate_batch"] = partial(continuous, fresh(), prompts, given.answers)
     for name, kind in {"adapter, merged": PolicyModule, "adapter, live": Live}.items() if given.lora else ():
         adapted = kind(add_lora(fresh(), LoraBlock(rank=16), "CAUSAL_LM"))
         sides[name] = partial(ours, adapted, prompts, *shape, "fp32")
