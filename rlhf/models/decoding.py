@@ -17,8 +17,10 @@ from transformers.pytorch_utils import Conv1D
 
 from rlhf.models.cpu_decoder import Packed
 from rlhf.models.head import TokenHead
+from rlhf.models.linear import FastConv1D, FastLinear
 
 _PACKED = (torch.float32, torch.bfloat16)
+_PLAIN = (nn.Linear, FastLinear, TokenHead, Conv1D, FastConv1D)
 
 
 @contextmanager
@@ -73,7 +75,7 @@ def _stand_in(layer: nn.Module, dtype: torch.dtype, pack: bool) -> nn.Module | N
     """What computes the same as a linear or adapted layer while answers are sampled; None: the layer itself does."""
     if isinstance(layer, LoraEmbedding):
         return nn.Embedding.from_pretrained(_merged(layer, dtype), padding_idx=layer.base_layer.padding_idx)
-    if not isinstance(layer, LoraLinear) and type(layer) not in (nn.Linear, TokenHead, Conv1D):
+    if not isinstance(layer, LoraLinear) and type(layer) not in _PLAIN:
         return None
     base = layer.base_layer if isinstance(layer, LoraLinear) else layer
     weight = _merged(layer, dtype) if isinstance(layer, LoraLinear) else base.weight.detach().to(dtype)

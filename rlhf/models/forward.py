@@ -25,6 +25,7 @@ from rlhf.models.attention import Step, install, laid_out
 from rlhf.models.cpu_decoder import CpuDecoder, has_cpu_decoder
 from rlhf.models.decoding import decoding_weights
 from rlhf.models.head import NO_EXTRAS, Extras, Question, TokenHead, adopt, in_pieces
+from rlhf.models.linear import hasten
 from rlhf.models.packing import pack
 from rlhf.recipe.schema import SamplingBlock
 
@@ -41,6 +42,7 @@ class RoleModule(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
+        hasten(model)
         self.model = model
         self.packs = False
         self._takes_positions = "position_ids" in inspect.signature(self.core.forward).parameters

@@ -27,6 +27,7 @@ from rlhf.algo.logprobs import (
     token_logprobs,
     truncate_logits,
 )
+from rlhf.models.linear import FastLinear, is_for_onednn, product
 from rlhf.recipe.schema import SamplingBlock
 
 PIECE = 2**22  # logits that exist at a time
@@ -91,7 +92,7 @@ class Question:
         return tuple(found)
 
 
-class TokenHead(nn.Linear):
+class TokenHead(FastLinear):
     """A linear language-model head that also answers a `Question`. Heads become one by `adopt`."""
 
     def forward(self, hidden: Tensor, question: Question | None = None) -> Any:
@@ -105,7 +106,7 @@ class TokenHead(nn.Linear):
 
 def adopt(head: nn.Module) -> None:
     """Make a plain linear layer a `TokenHead`, in place; any other module stays as it is."""
-    if type(head) is nn.Linear:
+    if type(head) in (nn.Linear, FastLinear):
         head.__class__ = TokenHead
 
 
@@ -151,10 +152,10 @@ class _LinearLogprobs(Function):
     ) -> tuple[Tensor, Tensor | None]:
         rows, vocabulary = len(hidden), len(weight)
         keep = any(ctx.needs_input_grad) and rows * vocabulary <= KEPT
-        kept = hidden.new_empty(rows, vocabulary) if keep else None
+        kept = _logits(hidden, weight, bias) if keep else None
         found: list[tuple[Tensor | None, ...]] = []
         for piece in _pieces(rows, vocabulary):
-            logits = _logits(hidden[piece], weight, bias, None if kept is None else kept[piece])
+            logits = _logits(hidden[piece], weight, bias) if kept is None else kept[piece]
             scaled = scale_logits(logits, temperature=sampling.temperature)
             columns = targets[piece].unsqueeze(-1)
             known = target_and_total(scaled, columns, top_k=sampling.top_k, top_p=sampling.top_p)
@@ -180,7 +181,7 @@ class _LinearLogprobs(Function):
             for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
         ]
         for piece in _pieces(len(hidden), len(weight)):
-            logits = _logits(hidden[piece], weight, bias, None) if kept is None else kept[piece]
+            logits = _logits(hidden[piece], weight, bias) if kept is None else kept[piece]
             by_logits = gradient_of_logits_(
                 scale_logits(logits, temperature=temperature),
                 targets[piece].unsqueeze(-1),
@@ -198,11 +199,10 @@ class _LinearLogprobs(Function):
         return *grads, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    """(m, H) -> (m, V), into `out` where there is one."""
-    if out is None:
-        return nn.functional.linear(hidden, weight, bias)
-    return torch.mm(hidden, weight.T, out=out) if bias is None else torch.addmm(bias, hidden, weight.T, out=out)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(m, H) -> (m, V)."""
+    multiply = product if is_for_onednn(hidden) else nn.functional.linear
+    return multiply(hidden, weight, bias)
 
 
 def _entropy(scaled: Tensor, total: Tensor, smallest: Tensor | None) -> Tensor:
@@ -215,10 +215,11 @@ def _entropy(scaled: Tensor, total: Tensor, smallest: Tensor | None) -> Tensor:
 def _multiply(grads: list[Tensor | None], piece: slice, by_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
     """Add what the logits' gradient (m, V) of a piece gives to hidden states, weight and bias, where they want it."""
     by_hidden, by_weight, by_bias = grads
+    multiply = product if is_for_onednn(hidden) else nn.functional.linear
     if by_hidden is not None:
-        torch.mm(by_logits, weight, out=by_hidden[piece])
+        by_hidden[piece] = multiply(by_logits, weight.T)
     if by_weight is not None:
-        by_weight.addmm_(by_logits.T, hidden[piece])
+        by_weight += multiply(by_logits.T, hidden[piece].T)
     if by_bias is not None:
         by_bias += by_logits.sum(0)
 
