@@ -252,7 +252,7 @@ def objective_loss(objective, batch) -> torch.Tensor:
 
 def check_same(loss: torch.Tensor, model: torch.nn.Module, raw_loss: torch.Tensor, raw: RawLlama) -> None:
     """Equal losses, and equal gradients of an early, a late and a last weight."""
-    assert float(raw_loss) == pytest.approx(float(loss), abs=CLOSE)
+    assert float(raw_loss.detach()) == pytest.approx(float(loss.detach()), abs=CLOSE)
     loss.backward()
     raw_loss.backward()
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -262,7 +262,7 @@ def check_same(loss: torch.Tensor, model: torch.nn.Module, raw_loss: torch.Tenso
     found = [raw.embedding.grad, raw.layers[0]["qkv"].grad, raw.layers[1]["down"].grad, raw.head.grad]
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, atol=CLOSE, rtol=0)
-        assert float(other.abs().max()) > 100 * CLOSE or float(other.abs().max()) > 0
+        assert float(other.abs().max()) > 100 * CLOSE
 
 
 def test_sft_loop_equals_the_objective():
