@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     results = kept(wanted, options) if options.table_only else measured(wanted, options)
     words = sys.argv[1:] if arguments is None else list(arguments)
-    text = page.page(results, shown_command(words))
+    text = page.page(results, shown_command(words), len(wanted))
     print(f"\n{text}")
     if options.write:
         write_atomic(options.write, text)

@@ -50,8 +50,8 @@ class Sources:
         return {"path": self.gsm8k, "columns": {"prompt": "question"}, "format": "prompts"}
 
     def rule(self) -> dict[str, Any]:
-        """The reward that needs no model."""
-        return {"kind": "demo_gold"} if self.gsm8k is None else {"kind": "numeric"}
+        """The reward that needs no model. A small model gets no sum right: what it can differ in is how much it says."""
+        return {"kind": "demo_gold"} if self.gsm8k is None else {"kind": "length", "target": 40, "scale": 40}
 
     def home(self, work: Path) -> Path:
         """The folder for what is made from these rows."""

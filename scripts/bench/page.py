@@ -15,11 +15,13 @@ QUIET = 0.1  # share of the machine that others may take before a row is marked
 CLOCKS = {"wall": "wall clock", "cpu": "processor time"}
 
 
-def page(results: Sequence[Result], command: str) -> str:
-    """The whole page. command: what was typed."""
+def page(results: Sequence[Result], command: str, wanted: int | None = None) -> str:
+    """The whole page. command: what was typed. wanted: how many results it was to have, where that is known."""
     known = {case.name: case for case in all_cases()}
     named = [(known[result["case"]], result) for result in results]
     parts = [HEAD.format(command=command, machine=machine(results))]
+    if wanted is not None and len(results) < wanted:
+        parts.append(f"Incomplete: {len(results)} of {wanted} measurements are there.\n")
     for threads in sorted({result["threads"] for result in results}):
         own = [(case, result) for case, result in named if result["threads"] == threads]
         compared = [(case, result) for case, result in own if case.is_compared]

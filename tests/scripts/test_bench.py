@@ -158,6 +158,7 @@ def test_tables_are_made_again_from_the_results_of_earlier_runs(tmp_path, capsys
     words = ["rm", "sft", "--table-only", "--work", str(tmp_path), "--write", str(page_file)]
     assert command.main(words) == 0
     assert "| RM, small: 8 pairs | 1,234 |" in page_file.read_text() in capsys.readouterr().out
+    assert "Incomplete: 1 of " in page_file.read_text()
     assert command.main(["rm", "--only", "sft small"]) == 2
 
 
