@@ -50,7 +50,7 @@ class Sources:
         return {"path": self.gsm8k, "columns": {"prompt": "question"}, "format": "prompts"}
 
     def rule(self) -> dict[str, Any]:
-        """The reward that needs no model. A small model gets no sum right: what it can differ in is how much it says."""
+        """The reward that needs no model. A small model gets no sum right, but its answers differ in length."""
         return {"kind": "demo_gold"} if self.gsm8k is None else {"kind": "length", "target": 40, "scale": 40}
 
     def home(self, work: Path) -> Path:

@@ -18,6 +18,7 @@ from rlhf.engine import dist
 from rlhf.recipe.document import to_yaml
 from rlhf.run.rundir import RunDir
 from rlhf.train import loop, stages, worker
+from rlhf.train.checkpoints import Checkpoints
 from rlhf.train.job import data_kind
 from rlhf.train.progress import Progress
 from rlhf.train.tokenizers import find_tokenizer
@@ -56,9 +57,8 @@ class Ours:
             scorer = _Timed(self.parts.collector.scorer, self._rewarded)
             self.parts.collector = replace(self.parts.collector, scorer=scorer)  # type: ignore[type-var]
         progress = Progress(case.name, self.parts.steps, 0, Console(file=io.StringIO()))
-        self.stage = stages.to_stage(
-            self.job, self.parts, self.tokenizer, progress, save=lambda done: None, report=lambda *_: None
-        )
+        unused = Checkpoints(self.job.folder, self.parts.running(), 1)
+        self.stage = stages.to_stage(self.job, self.parts, self.tokenizer, progress, unused, report=lambda *_: None)
 
     def _rewarded(self, seconds: float) -> None:
         self._rewarding += seconds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rlhf.algo.advantages import gae, grpo
 from rlhf.batch import Experience
 from rlhf.data import collate
 from rlhf.data.examples import PairExample, TokenExample
+from rlhf.engine import dist
 from rlhf.engine.engine import sum_terms
 from rlhf.models.build import Setup, build_policy, build_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
@@ -29,7 +31,7 @@ from rlhf.train.objectives import PolicyObjective, RewardObjective, SFTObjective
 from rlhf.train.preference import Policy, PreferenceObjective
 from rlhf.train.state import OnlineState
 from scripts.bench import __main__ as command
-from scripts.bench import flops, page, raw_losses
+from scripts.bench import flops, material, page, raw_losses, run_case
 from scripts.bench.cases import SUBJECTS, all_cases, chosen, recipe_of
 from scripts.bench.flops import Shape
 from scripts.bench.material import Sources
@@ -37,6 +39,7 @@ from scripts.bench.measure import Disturbance, Ratio, Sample, Work, alternate, p
 from scripts.bench.raw_generate import generate
 from scripts.bench.raw_model import Flat, RawLlama
 from scripts.bench.raw_stages import answer_pair, token_pair
+from scripts.bench.spec import Spec
 
 TINY = Shape(hidden=8, layers=2, heads=2, kv_heads=1, ffn=16, vocab=10, head_dim=4)
 INIT = InitBlock(hidden=16, layers=2, heads=4, kv_heads=2, ffn=32, vocab=300, context=64, tied=False)
@@ -160,6 +163,23 @@ def test_tables_are_made_again_from_the_results_of_earlier_runs(tmp_path, capsys
     assert "| RM, small: 8 pairs | 1,234 |" in page_file.read_text() in capsys.readouterr().out
     assert "Incomplete: 1 of " in page_file.read_text()
     assert command.main(["rm", "--only", "sft small"]) == 2
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo"])
+def test_our_real_stage_and_the_plain_loop_do_the_same_step(stage, tmp_path, monkeypatch):
+    monkeypatch.setitem(material.SHAPES, "small", (16, 2, 4, 2, 32, 320, False))
+    monkeypatch.setattr(run_case, "WARM_STEPS", 1)
+    dist.start()
+    case = replace(next(case for case in all_cases() if case.stage == stage and case.is_compared), rows=8)
+    sides, _ = run_case.build(case, Spec(case.name, 1, 1, raw=True, work=str(tmp_path), out=""))
+    ours, raw = sides["ours"](0), sides["raw"](0)
+    if stage == "sft":
+        assert ours.loss == pytest.approx(raw.loss, abs=CLOSE)
+        assert (ours.tokens, ours.flops) == (raw.tokens, raw.flops)
+    else:
+        assert set(ours.seconds) == set(raw.seconds) == {"generate", "score", "train"}
+        assert sum(ours.seconds.values()) > max(ours.seconds.values()) > 0
+    assert ours.flops > 0
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
