@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import random
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ from rlhf.algo.advantages import gae, grpo
 from rlhf.batch import Experience
 from rlhf.data import collate
 from rlhf.data.examples import PairExample, TokenExample
-from rlhf.engine import dist
 from rlhf.engine.engine import sum_terms
 from rlhf.models.build import Setup, build_policy, build_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
@@ -166,20 +164,23 @@ def test_tables_are_made_again_from_the_results_of_earlier_runs(tmp_path, capsys
 
 
 @pytest.mark.parametrize("stage", ["sft", "grpo"])
-def test_our_real_stage_and_the_plain_loop_do_the_same_step(stage, tmp_path, monkeypatch):
+def test_our_real_stage_and_the_plain_loop_do_the_same_step(stage, forked, tmp_path, monkeypatch):
     monkeypatch.setitem(material.SHAPES, "small", (16, 2, 4, 2, 32, 320, False))
     monkeypatch.setattr(run_case, "WARM_STEPS", 1)
-    dist.start()
-    case = replace(next(case for case in all_cases() if case.stage == stage and case.is_compared), rows=8)
-    sides, _ = run_case.build(case, Spec(case.name, 1, 1, raw=True, work=str(tmp_path), out=""))
-    ours, raw = sides["ours"](0), sides["raw"](0)
-    if stage == "sft":
-        assert ours.loss == pytest.approx(raw.loss, abs=CLOSE)
-        assert (ours.tokens, ours.flops) == (raw.tokens, raw.flops)
-    else:
-        assert set(ours.seconds) == set(raw.seconds) == {"generate", "score", "train"}
-        assert sum(ours.seconds.values()) > max(ours.seconds.values()) > 0
-    assert ours.flops > 0
+    case = next(case for case in all_cases() if case.stage == stage and case.is_compared)
+
+    def body():
+        sides, _ = run_case.build(case, Spec(case.name, 1, 1, raw=True, work=str(tmp_path), out=""))
+        ours, raw = sides["ours"](0), sides["raw"](0)
+        if stage == "sft":
+            assert ours.loss == pytest.approx(raw.loss, abs=CLOSE)
+            assert (ours.tokens, ours.flops) == (raw.tokens, raw.flops)
+        else:
+            assert set(ours.seconds) == set(raw.seconds) == {"generate", "score", "train"}
+            assert all(seconds > 0 for seconds in ours.seconds.values())
+        assert ours.flops > 0
+
+    forked(body)
 
 
 # --- the page --------------------------------------------------------------------------------------------------------
