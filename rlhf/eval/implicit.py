@@ -176,9 +176,9 @@ def rate(
 
 
 def _sides(policy: PolicyModule, reference: PolicyModule, tokens: Tokens, beta: float) -> list[Side]:
-    start = max(1, int(tokens.mask.any(0).long().argmax()))  # the head is not needed before any answer
+    start = max(1, int(tokens.mask.any(0).long().argmax()))  # before it no row has an answer
     mask, ids = tokens.mask[:, start:], tokens.ids[:, start:]
-    inputs = (tokens.ids, tokens.attention, start)
+    inputs = (tokens.ids, tokens.attention, mask)
     credits, rewards = implicit_reward(policy(*inputs), reference(*inputs), mask, beta=beta)
     rows: list[tuple[Tensor, ...]] = list(zip(ids, credits, mask, rewards, strict=True))
     return [Side(i[m].tolist(), c[m].tolist(), float(reward)) for i, c, m, reward in rows]

@@ -33,7 +33,9 @@ class Answers:
 def load_policy(stage: StageDir) -> PolicyModule:
     """The policy that a stage published, frozen."""
     folder = str(stage.model)
-    return PolicyModule(build_policy(folder, load_tokenizer(folder, None), FROZEN))
+    policy = PolicyModule(build_policy(folder, load_tokenizer(folder, None), FROZEN))
+    policy.prove(policy)
+    return policy
 
 
 @torch.no_grad()
@@ -61,7 +63,7 @@ def evaluate_policy(stage: StageDir, reference: PolicyModule, prompts: str, samp
             decode=decoder(tokenizer),
         )
         distances = _distances(policy, reference, rollout.ids, rollout.attention, rollout.response_mask, sampling)
-        kl += torch.where(rollout.response_mask, distances, 0.0).double().sum(-1).tolist()
+        kl += distances.double().sum(-1).tolist()
         texts += rollout.texts
     return Answers(texts, kl)
 

@@ -21,6 +21,23 @@ logger = logging.getLogger("rlhf.memory")
 SHARE = 0.8  # of the free memory: allocators leave gaps, and later rows may be longer
 
 
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # numbers of glibc's mallopt
+
+
+def keep_freed() -> None:
+    """Let the C library hold on to large blocks that were freed. For training on a CPU.
+
+    By default a tensor of more than 32 MB is new memory of the system each time, whose pages are cleared one by one at
+    first use. Where such tensors are common this takes a tenth of a training step; kept, memory stays at its peak.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_MMAP_MAX, 0)
+        library.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
 # --- running out of it ------------------------------------------------------------------------------------------------
 
 

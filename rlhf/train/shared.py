@@ -53,7 +53,7 @@ def shared_roles(job: Job, tokenizer: PreTrainedTokenizerFast) -> SharedRoles:
         alone(module, CRITIC, None)  # what cannot be published is told before it is trained
     keys = [f"rewards.{i}" for i in range(len(recipe.rewards))]
     scores = {key: scores_of(actor, role_name(key)) for key in keys if role_name(key) in layout.roles}
-    logger.info("shared base: %s", module.prove(actor))
+    logger.info("all roles: %s", module.prove(actor))
     describe(module, [engine for engine in (actor, critic) if engine is not None], len(scores))
     return SharedRoles(actor, critic, Reference(actor, role=REFERENCE), scores)
 

@@ -50,7 +50,8 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
 
     held: the stage folder where this process has opened it; ranks open it here, since all must hear of a refusal.
     """
-    dist.start()
+    if dist.start().type == "cpu":
+        memory.keep_freed()
     console = Console(stderr=True)
     with opened(job, held) as (mode, checkpoint), logging_to(job, console), in_users_words():
         if mode == "finished":
