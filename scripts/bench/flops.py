@@ -9,11 +9,14 @@ for several answers does less than this count, so its share of the peak may pass
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
+
+from rlhf.models.linear import is_for_onednn, product
 
 
 @dataclass(frozen=True)
@@ -96,30 +99,45 @@ def decoding(shape: Shape, prompts: Sequence[float], answers: int, answer_tokens
 _PRODUCTS = ((2048, 2048, 2048), (3000, 256, 256), (3000, 256, 1024), (3000, 1024, 256))
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, clock: str = "wall", seconds: float = 1.0) -> float:
+def matmul_peak(
+    dtype: torch.dtype,
+    device: torch.device,
+    clock: str = "wall",
+    seconds: float = 1.0,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = nn.functional.linear,
+) -> float:
     """Operations per second of the fastest of a few matrix products, each tried for this long.
 
-    clock: `wall`, or `cpu` for processor time, which is what one thread is measured by.
+    clock: `wall`, or `cpu` for processor time, which is what one thread is measured by. multiply: (rows, in) and
+    (out, in) -> (rows, out).
     """
     best = 0.0
     for rows, inner, columns in _PRODUCTS:
         left = torch.randn(rows, inner, device=device).to(dtype)
-        right = torch.randn(inner, columns, device=device).to(dtype)
+        right = torch.randn(columns, inner, device=device).to(dtype)
         ended = time.perf_counter() + seconds
         while time.perf_counter() < ended:
-            best = max(best, 2 * rows * inner * columns / _timed(left, right, clock))
+            taken = _timed(lambda x=left, y=right: multiply(x, y), left.is_cuda, clock)
+            best = max(best, 2 * rows * inner * columns / taken)
     return best
 
 
-def _timed(left: torch.Tensor, right: torch.Tensor, clock: str) -> float:
-    if left.is_cuda:
+def fast_peak(dtype: torch.dtype, device: torch.device, clock: str) -> float | None:
+    """The same by the library that our layers multiply with; None where that is PyTorch's own choice."""
+    if not is_for_onednn(torch.empty(1, device=device, dtype=dtype)):
+        return None
+    return matmul_peak(dtype, device, clock, multiply=product)
+
+
+def _timed(work: Callable[[], torch.Tensor], on_gpu: bool, clock: str) -> float:
+    if on_gpu:
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
-        left @ right
+        work()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3
     now = time.perf_counter if clock == "wall" else time.process_time
     started = now()
-    left @ right
+    work()
     return now() - started

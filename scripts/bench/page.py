@@ -44,6 +44,10 @@ def machine(results: Sequence[Result]) -> str:
         return "nothing was measured"
     peaks = {result["threads"]: result["peak"] for result in results if "ranks" not in result["case"]}
     shown = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s with {n} thread(s)" for n, peak in sorted(peaks.items()))
+    fast = {result["threads"]: result["fast_peak"] for result in results if result["fast_peak"] is not None}
+    if fast:
+        rates = ", ".join(f"{peak / 1e9:,.0f}" for _, peak in sorted(fast.items()))
+        shown += f" in PyTorch, and {rates} by oneDNN, which our layers use on this processor; shares are of the first"
     others = [result["others"] for result in results if result["others"] is not None]
     busy = f"; other processes took {statistics.median(others):.0%} of the machine (median)" if others else ""
     return f"{results[0]['device']}, {results[0]['dtype']} matrix products reach {shown}{busy}"

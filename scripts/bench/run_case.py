@@ -79,6 +79,7 @@ def measure(spec: Spec) -> dict[str, Any]:
         "clock": clock,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "peak": peak,
+        "fast_peak": flops.fast_peak(DTYPES[spec.dtype], device, clock),
         "rounds": spec.rounds,
         "others": others,
         "sides": {name: asdict(side) for name, side in found.items()},

@@ -195,6 +195,7 @@ def result(name: str, **changes) -> dict:
         "clock": "cpu",
         "device": "CPU",
         "peak": 9e10,
+        "fast_peak": None,
         "rounds": 3,
         "others": 0.05,
     }
@@ -210,6 +211,12 @@ def test_a_row_says_speed_ratio_and_share_and_leaves_out_who_took_no_part():
     row = next(line for line in text.splitlines() if line.startswith("| SFT, small: 16 rows | 1,234"))
     assert row.split(" | ")[1:] == ["1,234", "500", "2.47 (2.40-2.50)", "", "", "42%", "42%", "", "30% ! |"]
     assert "- / - / 4.00" in text
+
+
+def test_a_faster_library_is_told():
+    text = page.page([result("sft small", fast_peak=2.5e11)], "python -m scripts.bench sft")
+    assert "90 GFLOP/s with 1 thread(s) in PyTorch, and 250 by oneDNN" in text
+    assert "oneDNN" not in page.page([result("sft small")], "python -m scripts.bench sft")
 
 
 def test_growth_says_how_straight_its_line_is():
