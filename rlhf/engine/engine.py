@@ -269,4 +269,4 @@ def _optimizer(trained: Iterable[nn.Parameter], optim: OptimBlock) -> torch.opti
     groups = [group for group in groups if group["params"]]
     if optim.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=optim.lr)
-    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps)
+    return torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)

@@ -7,7 +7,7 @@ because sharded weights are whole only there.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -176,10 +176,7 @@ class _LinearLogprobs(Function):
         kept, ctx.kept = ctx.kept, None
         temperature = ctx.sampling.temperature
         slopes = grad.unsqueeze(-1) / temperature
-        grads = [
-            torch.zeros_like(each) if needed else None
-            for each, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)
-        ]
+        grads = _Gradients(hidden, weight, ctx.needs_input_grad[:3])
         for piece in _pieces(len(hidden), len(weight)):
             logits = _logits(hidden[piece], weight, bias) if kept is None else kept[piece]
             by_logits = gradient_of_logits_(
@@ -191,12 +188,12 @@ class _LinearLogprobs(Function):
                 slopes[piece],
             )
             if kept is None:
-                _multiply(grads, piece, by_logits.to(weight.dtype), hidden, weight)
+                grads.add(by_logits.to(weight.dtype), hidden[piece])
             elif by_logits.data_ptr() != logits.data_ptr():
                 logits.copy_(by_logits)
         if kept is not None:
-            _multiply(grads, slice(None), kept, hidden, weight)
-        return *grads, None, None, None
+            grads.add(kept, hidden)
+        return torch.cat(grads.hidden) if grads.hidden else None, grads.weight, grads.bias, None, None, None
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -212,16 +209,26 @@ def _entropy(scaled: Tensor, total: Tensor, smallest: Tensor | None) -> Tensor:
     return distribution_entropy(scaled.masked_fill(scaled < smallest, -torch.inf))
 
 
-def _multiply(grads: list[Tensor | None], piece: slice, by_logits: Tensor, hidden: Tensor, weight: Tensor) -> None:
-    """Add what the logits' gradient (m, V) of a piece gives to hidden states, weight and bias, where they want it."""
-    by_hidden, by_weight, by_bias = grads
-    multiply = product if is_for_onednn(hidden) else nn.functional.linear
-    if by_hidden is not None:
-        by_hidden[piece] = multiply(by_logits, weight.T)
-    if by_weight is not None:
-        by_weight += multiply(by_logits.T, hidden[piece].T)
-    if by_bias is not None:
-        by_bias += by_logits.sum(0)
+class _Gradients:
+    """Of hidden states (piece by piece), weight and bias, those that are wanted, from the gradients of logits."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, wanted: Sequence[bool]) -> None:
+        self._factor, self._wanted = weight.T, wanted
+        self._multiply = product if is_for_onednn(hidden) else nn.functional.linear
+        self.hidden: list[Tensor] = []
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
+
+    def add(self, by_logits: Tensor, hidden: Tensor) -> None:
+        """Take in some positions: (m, V) and (m, H)."""
+        if self._wanted[0]:
+            self.hidden.append(self._multiply(by_logits, self._factor))
+        if self._wanted[1]:
+            found = self._multiply(by_logits.T, hidden.T)
+            self.weight = found if self.weight is None else self.weight.add_(found)
+        if self._wanted[2]:
+            found = by_logits.sum(0)
+            self.bias = found if self.bias is None else self.bias.add_(found)
 
 
 def _pieces(rows: int, vocabulary: int) -> list[slice]:

@@ -1,6 +1,6 @@
 """PPO of TRL, which left TRL's main trainers and then TRL itself: 1.10 is a version that still has it.
 
-Its `train()` is one loop without a step of its own, so it runs in a thread that waits at the end of every step.
+Its `train()` is one loop without a step of its own. At the end of every step it lets the other sides have the thread.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import AutoModelForSequenceClassification, TrainerCallback
 
 from scripts.bench.cases import NEW_TOKENS, RATE, Case
 from scripts.bench.measure import Work
+from scripts.bench.one_thread import OneThread
 from scripts.bench.ours import Ours
 from scripts.bench.peer import policy_model
 
@@ -42,25 +44,33 @@ class Rows(torch.utils.data.Dataset):  # type: ignore[type-arg]
 
 
 class StepGate(TrainerCallback):
-    """Lets the trainer's thread go on to the end of its next step."""
+    """Pauses the trainer at the end of a step."""
 
-    def __init__(self) -> None:
-        self.may_go, self.is_done = threading.Event(), threading.Event()
+    def __init__(self, thread: OneThread) -> None:
+        self.thread, self.is_done = thread, threading.Event()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.is_done.set()
-        self.may_go.wait()
-        self.may_go.clear()
+        self.thread.serve()
 
 
 class PPOPeer:
-    """The trainer, a step at a time."""
+    """The trainer, a step at a time. It is made in the thread that it works in, and called from another one."""
 
-    def __init__(self, case: Case, ours: Ours, policy: Path, scorer: Path, options: dict[str, Any], steps: int) -> None:
+    def __init__(
+        self,
+        case: Case,
+        ours: Ours,
+        policy: Path,
+        scorer: Path,
+        options: dict[str, Any],
+        steps: int,
+        thread: OneThread,
+    ) -> None:
         from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer  # an option of the command says where it is
 
-        self.ours, self.threads = ours, torch.get_num_threads()
-        self.gate, self.failure = StepGate(), list[BaseException]()
+        self.ours, self.thread, self.gate = ours, thread, StepGate(thread)
+        self.training: Future[Any] | None = None
         self.marks: dict[str, float] = {}
         self.tokens = 0
         ours.tokenizer.padding_side = "left"
@@ -91,7 +101,6 @@ class PPOPeer:
             callbacks=[self.gate],
         )
         self._watch(ppo_trainer)
-        self.thread = threading.Thread(target=self._train, daemon=True)
 
     @staticmethod
     def _scorer(folder: Path) -> Any:
@@ -118,24 +127,17 @@ class PPOPeer:
 
         module.batch_generation, module.truncate_response, module.masked_whiten = sampled, counted, marked
 
-    def _train(self) -> None:
-        torch.set_num_threads(self.threads)
-        try:
-            self.trainer.train()
-        except BaseException as error:  # noqa: BLE001  the thread that waits must hear of it, whatever it is
-            self.failure.append(error)
-            self.gate.is_done.set()
-
     def __call__(self, number: int) -> Work:
         started = time.perf_counter()
         self.gate.is_done.clear()
-        if self.thread.is_alive():
-            self.gate.may_go.set()
+        if self.training is None:
+            self.training = self.thread.begin(self.trainer.train)
+            self.training.add_done_callback(lambda _: self.gate.is_done.set())
         else:
-            self.thread.start()
+            self.thread.go_on()
         self.gate.is_done.wait()
-        if self.failure:
-            raise self.failure[0]
+        if self.training.done():
+            self.training.result()  # raises what ended it
         ended = time.perf_counter()
         prompts = sum(len(self.ours.data.train[row].ids) for row in self.ours.rows(number))
         generate, ready = self.marks["generate"], self.marks["ready"]

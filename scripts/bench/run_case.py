@@ -38,6 +38,7 @@ from scripts.bench.measure import (
     peak_memory,
     rate,
 )
+from scripts.bench.one_thread import OneThread
 from scripts.bench.ours import Ours
 from scripts.bench.peer_ppo import PPOPeer
 from scripts.bench.raw_stages import raw_side, reference_sums
@@ -58,20 +59,23 @@ class SideResult:
 
 
 def measure(spec: Spec) -> dict[str, Any]:
-    """The result of a case, as JSON has it."""
-    torch.set_num_threads(spec.threads)
-    device = dist.start()
+    """The result of a case, as JSON has it. All sides work in one thread."""
+    thread = OneThread()
+    device = thread.do(lambda: begin(spec))
     case = next(case for case in all_cases() if case.name == spec.case)
     clock = "wall" if spec.threads > 1 or device.type == "cuda" or case.ranks > 1 else "cpu"
-    peak = flops.matmul_peak(DTYPES[spec.dtype], device, clock) * case.ranks
-    sides, notes = build(case, spec)
+    dtype = DTYPES[spec.dtype]
+    peak = thread.do(lambda: flops.matmul_peak(dtype, device, clock)) * case.ranks
+    fast_peak = thread.do(lambda: flops.fast_peak(dtype, device, clock))
+    made, notes = thread.do(lambda: build(case, spec, thread))
+    sides = {name: step if isinstance(step, PPOPeer) else within(thread, step) for name, step in made.items()}
     around = Disturbance()
     samples = alternate(sides, spec.rounds)
     others = around.share(case.ranks)
     after = spec.rounds + 1
     memory = {name: peak_memory(lambda step=step: step(after)) for name, step in sides.items()}
     found = {name: summary(samples[name], clock, peak, memory[name]) for name in sides}
-    dist.finish()
+    thread.do(dist.finish)
     return {
         "case": case.name,
         "threads": spec.threads,
@@ -79,13 +83,24 @@ def measure(spec: Spec) -> dict[str, Any]:
         "clock": clock,
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
         "peak": peak,
-        "fast_peak": flops.fast_peak(DTYPES[spec.dtype], device, clock),
+        "fast_peak": fast_peak,
         "rounds": spec.rounds,
         "others": others,
         "sides": {name: asdict(side) for name, side in found.items()},
         "ratios": {name: asdict(Ratio.of(samples["ours"], samples[name], clock)) for name in sides if name != "ours"},
         "notes": notes,
     }
+
+
+def begin(spec: Spec) -> torch.device:
+    """Set the calling thread up."""
+    torch.set_num_threads(spec.threads)
+    return dist.start()
+
+
+def within(thread: OneThread, step: Step) -> Step:
+    """A step that is done in another thread than its caller's."""
+    return lambda number: thread.do(lambda: step(number))
 
 
 def summary(samples: list[Sample], clock: str, peak: float, memory: float | None) -> SideResult:
@@ -106,7 +121,7 @@ def summary(samples: list[Sample], clock: str, peak: float, memory: float | None
     )
 
 
-def build(case: Case, spec: Spec) -> tuple[dict[str, Step], list[str]]:
+def build(case: Case, spec: Spec, thread: OneThread) -> tuple[dict[str, Step], list[str]]:
     """The sides that take part, and why one does not."""
     sources, work = Sources(spec.hh, spec.gsm8k), Path(spec.work)
     steps = spec.rounds + 2  # a round to warm up, one for the memory
@@ -129,7 +144,11 @@ def build(case: Case, spec: Spec) -> tuple[dict[str, Step], list[str]]:
         sides["raw"] = raw_side(case, ours, policy, scorer, refs, spec.dtype)
     try:
         with alone():
-            other = peer_side(case, ours, policy, scorer, refs, common(case, folder, spec.dtype), steps)
+            options = common(case, folder, spec.dtype)
+            if case.stage == "ppo":
+                other = ppo_side(case, ours, policy, scorer, options, steps, thread)
+            else:
+                other = peer_side(case, ours, policy, scorer, refs, options)
     except Exception as error:  # noqa: BLE001  the peer is not ours to mend; the page says what it said
         notes.append(f"TRL: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     else:
@@ -170,16 +189,21 @@ def alone() -> Iterator[None]:
         os.environ.update(kept)
 
 
+def ppo_side(
+    case: Case, ours: Ours, policy: Path, scorer: Path, options: dict[str, Any], steps: int, thread: OneThread
+) -> PPOPeer | None:
+    """A step of TRL's PPO; None where TRL is not there, or has no PPO any more."""
+    if importlib.util.find_spec("trl") is None or importlib.util.find_spec("trl.experimental.ppo") is None:
+        return None
+    return PPOPeer(case, ours, policy, scorer, options, steps, thread)
+
+
 def peer_side(
-    case: Case, ours: Ours, policy: Path, scorer: Path, refs: dict[int, Any], options: dict[str, Any], steps: int
+    case: Case, ours: Ours, policy: Path, scorer: Path, refs: dict[int, Any], options: dict[str, Any]
 ) -> Callable[[int], Any] | None:
-    """TRL's step; None where TRL, or its trainer, is not there."""
+    """A step of another of TRL's trainers; None where TRL is not there."""
     if importlib.util.find_spec("trl") is None:
         return None
-    if case.stage == "ppo":
-        if importlib.util.find_spec("trl.experimental.ppo") is None:
-            return None
-        return PPOPeer(case, ours, policy, scorer, options, steps)
     if case.stage == "sft":
         return peer.sft(case, ours, policy, options)
     if case.stage == "rm":

@@ -34,6 +34,7 @@ from scripts.bench.cases import SUBJECTS, all_cases, chosen, recipe_of
 from scripts.bench.flops import Shape
 from scripts.bench.material import Sources
 from scripts.bench.measure import Disturbance, Ratio, Sample, Work, alternate, peak_memory
+from scripts.bench.one_thread import OneThread
 from scripts.bench.raw_generate import generate
 from scripts.bench.raw_model import Flat, RawLlama
 from scripts.bench.raw_stages import answer_pair, token_pair
@@ -170,7 +171,7 @@ def test_our_real_stage_and_the_plain_loop_do_the_same_step(stage, forked, tmp_p
     case = next(case for case in all_cases() if case.stage == stage and case.is_compared)
 
     def body():
-        sides, _ = run_case.build(case, Spec(case.name, 1, 1, raw=True, work=str(tmp_path), out=""))
+        sides, _ = run_case.build(case, Spec(case.name, 1, 1, raw=True, work=str(tmp_path), out=""), OneThread())
         ours, raw = sides["ours"](0), sides["raw"](0)
         if stage == "sft":
             assert ours.loss == pytest.approx(raw.loss, abs=CLOSE)
@@ -393,3 +394,20 @@ def test_the_plain_sampler_reports_the_policys_own_log_probs_and_stops():
     flat = Flat.of((prompt, sampled.answers[8 * i : 8 * i + 8]) for i, prompt in enumerate(prompts))
     torch.testing.assert_close(torch.cat(sampled.logprobs), raw.logprobs(flat), atol=CLOSE, rtol=0)
     assert math.isfinite(float(sampled.logprobs[0].sum()))
+
+
+def test_work_that_pauses_lets_others_have_its_thread():
+    thread, heard = OneThread(), []
+
+    def long() -> str:
+        heard.append("begun")
+        thread.serve()
+        return "ended"
+
+    future = thread.begin(long)
+    assert thread.do(lambda: heard.copy()) == ["begun"] and not future.done()
+    with pytest.raises(ZeroDivisionError):
+        thread.do(lambda: 1 / 0)
+    thread.go_on()
+    assert future.result(timeout=10) == "ended"
+    assert thread.do(lambda: 3) == 3
