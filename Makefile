@@ -41,7 +41,7 @@ check: setup  ## lint, format and types
 	$(VENV)/bin/mypy
 
 bench: setup  ## speed and memory of all stages -> docs/performance.md: make bench ARGS="--hh DIR --gsm8k FILE --trl DIR"
-	$(VENV)/bin/python -m scripts.bench all --raw --malloc --write docs/performance.md $(ARGS)
+	$(VENV)/bin/python -m scripts.bench all --raw --write docs/performance.md $(ARGS)
 
 hh gsm8k reviews: setup  ## a whole task: make hh DATA=pairs.jsonl GPUS=8 HOSTFILE=hosts; SIZE=tiny: from scratch on a CPU
 	$(RLHF) run recipes/$@/$(pipeline) --run runs/$@ $(data) $(launch) $(ARGS)

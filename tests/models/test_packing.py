@@ -47,6 +47,9 @@ def shapes() -> dict[str, tuple[Tensor, Tensor, Tensor]]:
         "the same row twice": padded([long, long], [short, short]),
         "a row that another begins with": padded([long, long], [short[:4], short[:9]]),
         "alone": padded([long], [short[:5]]),
+        "rows of one token, which ask for nothing": padded(
+            [long[:1], long, short[:1]], [short[:0], short[:6], short[:0]]
+        ),
     }
 
 
