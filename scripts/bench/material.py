@@ -121,7 +121,7 @@ def keep_model(folder: Path, model: Any, tokenizer: PreTrainedTokenizerFast) -> 
 
 def long_rows(sources: Sources, tokens: int, rows: int, folder: Path) -> Path:
     """A file of supervised rows that are all longer than this many tokens; the recipe cuts them to length."""
-    path = folder / f"rows-{tokens}.jsonl"
+    path = folder / f"rows-{tokens}-{rows}.jsonl"
     if not path.exists():
         texts = [text for text in raw_texts(_block(sources.sft()), "tokens") if text.strip()]
         folder.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,8 @@ def machine(results: Sequence[Result]) -> str:
         return "nothing was measured"
     peaks = {result["threads"]: result["peak"] for result in results if "ranks" not in result["case"]}
     shown = ", ".join(f"{peak / 1e9:,.0f} GFLOP/s with {n} thread(s)" for n, peak in sorted(peaks.items()))
-    fast = {result["threads"]: result["fast_peak"] for result in results if result["fast_peak"] is not None}
+    fast = {n: result["fast_peak"] for n in peaks for result in results if result["threads"] == n}
+    fast = {n: peak for n, peak in fast.items() if peak is not None}
     if fast:
         rates = ", ".join(f"{peak / 1e9:,.0f}" for _, peak in sorted(fast.items()))
         shown += f" in PyTorch, and {rates} by oneDNN, which our layers use on this processor; shares are of the first"
@@ -141,18 +142,17 @@ def note_lines(named: Named) -> list[str]:
 
 
 def rank_table(ranks: Named, named: Named) -> str:
-    """Two ranks beside one, each with one thread."""
+    """Two ranks of one thread beside one rank, with two threads where that was measured, else with one."""
     rows = []
     for case, result in ranks:
-        plain = next((r for c, r in named if _is_single(c, r) and _twin(c, case)), None)
+        twins = [r for c, r in named if c.is_compared and _twin(c, case) and r["threads"] <= case.ranks]
+        plain = max(twins, key=lambda r: r["threads"], default=None)
         both = "" if plain is None else f"{result['sides']['ours']['rate'] / plain['sides']['ours']['rate']:.2f}"
         before = "" if plain is None else tokens_per_second(plain, "ours")
-        rows.append((case.text, tokens_per_second(result, "ours"), before, both, split(result, "ours"), others(result)))
-    return table(("case", "tok/s", "on one rank", "times", "seconds of a step", "others"), rows)
-
-
-def _is_single(case: Case, result: Result) -> bool:
-    return case.is_compared and result["threads"] == 1
+        threads = "" if plain is None else str(plain["threads"])
+        numbers = (tokens_per_second(result, "ours"), before, threads, both)
+        rows.append((case.text, *numbers, split(result, "ours"), others(result)))
+    return table(("case", "tok/s", "on one rank", "its threads", "times", "seconds of a step", "others"), rows)
 
 
 def _twin(one: Case, many: Case) -> bool:
@@ -233,7 +233,7 @@ and should be measured again.
 RANKS = """\
 ## Two ranks
 
-Through the `deepspeed` launcher, a thread per rank, beside one rank with one thread.
+Through the `deepspeed` launcher, a thread per rank, beside one rank.
 """
 
 GROWTH = """\

@@ -234,7 +234,7 @@ def test_ranks_are_put_beside_one_rank():
     two = result("sft small ranks-2")
     two["sides"] = {"ours": {**two["sides"]["ours"], "rate": 2468.0}}
     text = page.page([result("sft small"), two], "x")
-    assert "| SFT, small: 16 rows, 2 ranks | 2,468 | 1,234 | 2.00 |" in text
+    assert "| SFT, small: 16 rows, 2 ranks | 2,468 | 1,234 | 1 | 2.00 |" in text
 
 
 # --- the plain loops -------------------------------------------------------------------------------------------------
