@@ -192,7 +192,14 @@ CASES = {
             "policy_loss": {"name": "ppo_clip", "clip_low": 0.1, "clip_high": 0.28},
             "kl": {"placement": "loss", "estimator": "k3", "coef": 0.1},
             "aggregation": "token_mean",
-            "sampling": {"max_new_tokens": 12, "temperature": 0.8, "top_p": 0.95, "top_k": 50, "stop": ["the"]},
+            "sampling": {
+                "max_new_tokens": 12,
+                "temperature": 0.8,
+                "top_p": 0.95,
+                "top_k": 50,
+                "stop": ["the"],
+                "decode_dtype": "bf16",
+            },
         },
     ),
     "grpo over the batch": Case(
@@ -249,6 +256,7 @@ CASES = {
             "train.optimizer": "sgd",
             "scores.missing_eos_score": -1.0,
             "sampling.max_new_tokens": 24,
+            "sampling.decode_dtype": "fp32",
         },
     ),
     "opponent": Case(

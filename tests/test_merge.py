@@ -13,6 +13,8 @@ import yaml
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlhf.algo.merging import linear
+
 pytestmark = pytest.mark.pipeline
 WEIGHTS = "model.safetensors"
 METHODS: dict[str, dict[str, Any]] = {
@@ -108,9 +110,10 @@ def test_an_adapter_folder_counts_as_its_base_with_the_update(cli, models, tmp_p
 def test_weights_in_bf16(cli, models):
     done = cli(*recipe(models, "narrow", dtype="bf16"))
     assert done.code == 0, done.err
-    more, adapted, found = (weights(models, name) for name in ("more", "adapted", "narrow"))
+    base, more, adapted, found = (weights(models, name) for name in ("sft", "more", "adapted", "narrow"))
     for name, value in found.items():
-        assert value.equal(((more[name] + adapted[name]) / 2).bfloat16()), "rounded once, at the end"
+        whole = linear(base[name], torch.stack([more[name], adapted[name]]), torch.tensor([0.5, 0.5]))
+        assert value.equal(whole.bfloat16()), "rounded once, at the end"
 
 
 def test_draws_are_the_seeds(cli, models):

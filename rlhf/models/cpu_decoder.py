@@ -7,7 +7,7 @@ these products, and one complex product turns all heads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,8 +58,17 @@ def has_cpu_decoder(core: nn.Module, dtype: torch.dtype) -> bool:
     """Whether `CpuDecoder` computes what this model does, on this device."""
     if type(core).__name__ not in _WINDOWS or type(core).__module__.split(".")[0] != "transformers":
         return False
+    if not all(type(part).__module__.startswith("transformers.") for part in _parts(core)):
+        return False
     is_cpu = core.get_input_embeddings().weight.device.type == "cpu" and torch.backends.mkldnn.is_available()
     return is_cpu and dtype in (torch.float32, torch.bfloat16) and core.config.hidden_act == "silu"
+
+
+def _parts(core: Any) -> Iterator[nn.Module]:
+    """What must be as its class made it; linear layers inside may be adapted."""
+    yield core.model.norm
+    for layer in core.model.layers:
+        yield from (layer, layer.self_attn, layer.mlp, layer.input_layernorm, layer.post_attention_layernorm)
 
 
 class CpuDecoder:

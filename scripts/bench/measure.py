@@ -142,9 +142,14 @@ class Disturbance:
         return busy, time.process_time(), time.perf_counter()
 
     def share(self, ranks: int = 1) -> float | None:
-        """Since this was made; None where the system does not tell. 0.05 is quiet. ranks: processes that work alike."""
+        """Since this was made; 0.05 is quiet. ranks: processes that work alike.
+
+        None where the system does not tell, or counts in steps that are too coarse for so short a time.
+        """
         now = self._now()
         if now is None or self._before is None:
             return None
         busy, own, wall = (after - before for after, before in zip(now, self._before, strict=True))
+        if wall < 50 / os.sysconf("SC_CLK_TCK"):
+            return None
         return max(0.0, busy - ranks * own) / (wall * (os.cpu_count() or 1))
