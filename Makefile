@@ -14,7 +14,7 @@ launch := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES)) $(if 
 data := $(if $(DATA),--set data.path=$(DATA))
 pipeline := $(if $(filter tiny,$(SIZE)),tiny.yaml,pipeline.yaml)
 
-.PHONY: help setup demo test check bench clean hh gsm8k reviews
+.PHONY: help setup demo test check bench reliability clean hh gsm8k reviews
 
 help:  ## list the targets
 	@grep -hE '^[a-z0-9]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -42,6 +42,9 @@ check: setup  ## lint, format and types
 
 bench: setup  ## speed and memory of all stages -> docs/performance.md: make bench ARGS="--hh DIR --gsm8k FILE --trl DIR"
 	$(VENV)/bin/python -m scripts.bench all --raw --write docs/performance.md $(ARGS)
+
+reliability: setup  ## kill, damage and starve runs, count what is lost -> docs/reliability.md
+	$(VENV)/bin/python -m scripts.reliability all --write docs/reliability.md $(ARGS)
 
 hh gsm8k reviews: setup  ## a whole task: make hh DATA=pairs.jsonl GPUS=8 HOSTFILE=hosts; SIZE=tiny: from scratch on a CPU
 	$(RLHF) run recipes/$@/$(pipeline) --run runs/$@ $(data) $(launch) $(ARGS)

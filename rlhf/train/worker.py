@@ -75,6 +75,8 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     base = adapter_base(job)  # now, while the parents are what they were checked to be
     parts = stages.assemble(job, tokenizer, data)
     first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
+    if first_step:
+        logger.info("goes on after step %d of %d", first_step, parts.steps)
     with (
         Checkpoints(folder, parts.running(), recipe.checkpoint.keep) as checkpoints,
         Progress(title(job), parts.steps, first_step, console) as progress,
