@@ -80,7 +80,7 @@ def run_all(ids: list[str], options: argparse.Namespace, work: Path) -> list[Res
 
 def run_apart(id: str, options: argparse.Namespace, work: Path) -> Result:
     """One row in a process of its own; one that dies is a violation."""
-    folder, result = work / id, work / f"{id}.json"
+    result = work / f"{id}.json"
     result.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory(dir=work, prefix=f"{id}-") as folder:
         words = [id, "--work", folder, "--result", str(result), "--seed", str(options.seed)]
