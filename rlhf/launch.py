@@ -36,7 +36,7 @@ from rlhf.errors import RecipeError, WorkerLostError
 
 STOPPED = 75
 OWN_CODES = frozenset({2, 3, 4, 5, 6, 7, 8, 9, 10, STOPPED})
-GRACE_S = 120.0  # for ranks that were asked to stop: one step and one checkpoint
+GRACE_S = 600.0  # for ranks that were asked to stop: one step and one checkpoint, of a large model too
 LOST_GRACE_S = 10.0  # for ranks whose peer or parent is gone: nothing they wait for will come
 LAUNCHER = "PYTHON_RLHF_LAUNCHER"  # host:pid:start of this process; the prefix lets it reach other nodes
 _POLL_S = 0.1  # `launch` looks once a second and then reaps a dead rank; how it died is seen before

@@ -52,10 +52,16 @@ def _row(stage: StageSummary) -> list[str]:
         stage.stage or "-",
         state,
         steps,
-        name if value is None else f"{name} {value:.4g}",
+        (name if value is None else f"{name} {value:.4g}") + _best(stage),
         parents or "-",
         "-" if seconds is None else f"{seconds:.0f} s",
     ]
+
+
+def _best(stage: StageSummary) -> str:
+    """The step that checkpoint.keep_best keeps."""
+    best = stage.best
+    return "" if best is None else f", best {best['metric']} {best['value']:.4g} at {best['step']}"
 
 
 def show_data(path: Path, stage: str | None, run: Path | None, overrides: list[str], count: int) -> None:

@@ -56,6 +56,8 @@ def run_job(command: StageCommand) -> None:
     process = subprocess.Popen([sys.executable, "-m", "rlhf", *command.argv(), *command.launch_words()])
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a Ctrl-C reaches both from the terminal
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup both go on
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, lambda *_: process.terminate())
     try:
         code = process.wait()
     finally:

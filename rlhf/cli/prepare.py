@@ -70,7 +70,7 @@ def prepare(
     resolved = dump_recipe(loaded.recipe)
     inputs = {
         "stage": stage,
-        "recipe": loaded.recipe.model_dump(mode="json", by_alias=True),
+        "recipe": loaded.recipe.model_dump(mode="json", by_alias=True, exclude=set(loaded.recipe.of_the_process)),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
         "data": check_data(recipe, stage),
         "code": {str(file): hash_file(file) for file in sorted(code)},

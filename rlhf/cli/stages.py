@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from rlhf.errors import RecipeError, StoppedError
+from rlhf.errors import RecipeError, StoppedError, UserError
 from rlhf.launch import World
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.run.opened import Opened
@@ -72,12 +72,22 @@ class StageCommand:
 
 def run_stage(command: StageCommand) -> None:
     """Check, then run in this process, or start the ranks and wait for them. Raises UserError."""
+    stop = StopRequest()
+    if command.dry_run:
+        return start(command, stop)
+    try:
+        start(command, stop.listen())
+    except KeyboardInterrupt:
+        raise ended_at_once(command.folder(), stop) from None
+
+
+def start(command: StageCommand, stop: StopRequest) -> None:
+    """The command, in a rank of somebody's launcher or as it was typed."""
     from rlhf import launch  # imported here, as is all that follows: `rlhf --help` needs none of it
     from rlhf.cli.prepare import check_rows
 
     if launch.is_worker():
         launch.die_with_parent()
-        stop = StopRequest().listen()
         job, _ = checked(command, int(os.environ["WORLD_SIZE"]))
         return work(replace(job, launcher=launch.launcher_pid()), stop)
     world = wanted_world(command)
@@ -94,8 +104,10 @@ def run_stage(command: StageCommand) -> None:
     if command.dry_run:
         return show_dry_run(job.resolved_text, loaded, ranks)
     with job.folder.open(job.inputs, restart=job.restart) as opened:
+        if opened.was_asked:
+            err.print(f"{job.folder.stop}: removed, it was meant for an earlier start", markup=False, soft_wrap=True)
         if opened.mode != "finished" and world is None:
-            work(job, StopRequest().listen(), opened)
+            work(job, stop, opened)
         elif opened.mode != "finished":
             code = launch.launch(command.argv(), world, stage=job.folder.path, succeeded=job.folder.is_finished)
             if code:
@@ -126,11 +138,22 @@ def work(job: Job, stop: StopRequest, held: Opened | None = None) -> None:
             from rlhf.train.worker import run  # torch, transformers and deepspeed are imported here, after every check
 
         run(job, stop, held)
-    except KeyboardInterrupt:
-        if stop.after_step:
+    except UserError:
+        raise
+    except BaseException as error:
+        # Half-imported packages make other errors of a request that came while they were being imported.
+        if not stop.requested or (stop.after_step and not isinstance(error, KeyboardInterrupt)):
             raise
-        what = "stopped on request, while the stage was starting"
-        raise StoppedError(what, where=str(job.folder.path), fix="The same command starts again.") from None
+        if not job.folder.is_finished():
+            raise ended_at_once(job.folder, stop) from error
+
+
+def ended_at_once(folder: StageDir, stop: StopRequest) -> StoppedError:
+    """What the user is told of a request that waited for nothing."""
+    error = stop.error(", at once" if stop.after_step else ", while the stage was starting")
+    goes_on = stop.after_step or folder.checkpoints.exists()
+    fix = "The same command goes on from the last checkpoint." if goes_on else "The same command starts again."
+    return StoppedError(error.what, where=str(folder.path), fix=fix)
 
 
 @contextmanager

@@ -43,13 +43,15 @@ class Generator(Protocol):
         seeds: list[int],
         decode: Callable[[list[int]], str],
         slots: int,
+        poll: Callable[[], None],
     ) -> Rollout:
         """`answers` answers to each prompt; row n * answers + g is answer g of prompt n. Tensors come back on the CPU.
 
         policy: with whole weights. seeds: one per row; equal seeds give equal answers. An answer ends with a token of
         `stop_ids`, which belongs to it, or unfinished after `sampling.max_new_tokens`. R is the length of the longest
         answer of this call. `sample_logprobs` are those of the distribution that was drawn from, after temperature,
-        top-k and top-p, in nats. slots: answers sampled at a time, which decides the speed and the memory alone.
+        top-k and top-p, in nats. slots: answers sampled at a time, which decides the speed and the memory alone. poll:
+        called again and again on the way; it raises where sampling must end early.
         """
 
 
@@ -65,6 +67,7 @@ def generate(
     seeds: list[int],
     decode: Callable[[list[int]], str],
     slots: int = 64,
+    poll: Callable[[], None] = lambda: None,
 ) -> Rollout:
     """A `Generator` in this process, on the policy's own weights and device.
 
@@ -81,13 +84,13 @@ def generate(
         if forward is not None:
             engine = _Engine(forward, prompts, answers, drawn, slots)
             while engine.step():
-                pass
+                poll()
         else:
             together = max(1, slots // answers)
             for start in range(0, len(prompts), together):
                 wave = Wave(policy, prompts, answers, drawn, range(start, min(start + together, len(prompts))))
                 while wave.step():
-                    pass
+                    poll()
     return drawn.rollout(prompts, answers, decode)
 
 

@@ -24,6 +24,7 @@ from rlhf.recipe.data_rules import (
 from rlhf.recipe.judge_rules import JUDGE_RULES
 from rlhf.recipe.label_rules import devices_share_answers, only_asked, rejection_sampling
 from rlhf.recipe.merge_rules import different_models, merged_models, one_process, some_weight, two_models
+from rlhf.recipe.metric_names import best_of_a_metric
 from rlhf.recipe.policy_rules import POLICY_RULES
 from rlhf.recipe.preference_rules import PREFERENCE_RULES
 from rlhf.recipe.problems import Problem, closest
@@ -34,6 +35,7 @@ from rlhf.recipe.shared_rules import share_base
 from rlhf.recipe.stages import (
     AnyRecipe,
     LabelRecipe,
+    LearningRecipe,
     MergeRecipe,
     OnlineRecipe,
     PPORecipe,
@@ -51,6 +53,8 @@ OfflineRecipe = SFTRecipe | RewardRecipe | PreferenceRecipe
 def check_recipe(stage: str, recipe: AnyRecipe, world_size: int | None = None) -> list[Problem]:
     """Every broken rule of a stage. Without `world_size` (devices not known yet) rules about devices are left out."""
     problems = [problem for rule in RULES[stage] for problem in rule(recipe)]
+    if isinstance(recipe, LearningRecipe):
+        problems += best_of_a_metric(stage, recipe)
     if world_size is not None:
         problems += [problem for rule in DEVICE_RULES[stage] for problem in rule(recipe, world_size)]
     return problems

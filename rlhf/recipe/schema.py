@@ -349,11 +349,24 @@ class SamplingBlock(Block):
     )
 
 
-class CheckpointBlock(Block):
-    """Checkpoints for resuming."""
+class KeepBestBlock(Block):
+    """The step that a metric is best at. Its checkpoint is kept; what is published are the last step's weights."""
 
-    every: int = Field(0, ge=0, description="steps between checkpoints; 0: only when stopped")
+    metric: str = Field(description="a name in metrics.jsonl, e.g. eval/loss")
+    larger_is_better: bool = Field(description="false for a loss, true for an accuracy or a score")
+
+
+class CheckpointBlock(Block):
+    """Checkpoints for resuming. A request to stop writes one whatever stands here."""
+
+    every: int = Field(0, ge=0, description="steps between checkpoints; 0: not by their number")
+    minutes: float | None = Field(
+        None, gt=0, description="minutes between checkpoints, whichever of `every` and this comes first"
+    )
     keep: int = Field(2, ge=1, description="newest checkpoints kept")
+    keep_best: KeepBestBlock | None = Field(
+        None, description="also keep the checkpoint of the best step so far, written whenever the metric improves"
+    )
 
 
 class EvalBlock(Block):

@@ -183,6 +183,9 @@ class LabelBlock(Block):
 class AnyRecipe(Block):
     """What a subcommand is given: no key is common to all."""
 
+    # Keys that say how a run is carried out, not what comes of it: a run that goes on may have others.
+    of_the_process: ClassVar[frozenset[str]] = frozenset({"max_minutes", "checkpoint", "log"})
+
 
 class Recipe(AnyRecipe):
     """What every stage with a model and data has."""
@@ -191,6 +194,12 @@ class Recipe(AnyRecipe):
     data: DataBlock = Field(description="what to learn from, or the prompts to answer")
     zero: ZeroBlock = Field(ZeroBlock(), description="sharding of the trained model")
     log: RecordBlock = Field(RecordBlock(), description="what is recorded")
+    max_minutes: float | None = Field(
+        None,
+        gt=0,
+        description="minutes after which this start of the stage stops as at SIGTERM, exit code 75; the same command"
+        " resumes",
+    )
 
 
 class LearningRecipe(Recipe):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +74,7 @@ class ChatService:
         self._failed = self._in_a_row = 0
         self._leaving = False
 
-    def ask(self, requests: Mapping[str, dict[str, Any]]) -> Iterator[tuple[str, Reply]]:
+    def ask(self, requests: Mapping[str, dict[str, Any]]) -> Generator[tuple[str, Reply]]:
         """Replies in the order in which they come.
 
         Once a request has failed for good, the further ones of this call are tried once, and after several in a row the
@@ -98,7 +98,7 @@ class ChatService:
         for again in range(1 if self._failed else self._block.retries + 1):
             if self._leaving:
                 break
-            pause(again)
+            pause(again, lambda: None)
             try:
                 answer = self._exchange(json.dumps(body).encode())
             except PassingError as error:

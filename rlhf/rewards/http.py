@@ -16,7 +16,7 @@ import socket
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -52,12 +52,20 @@ class PassingError(Exception):
 
 
 def http_scores(
-    rows: list[Row], answers: list[str], *, url: str, timeout: float, retries: int, batch_size: int
+    rows: list[Row],
+    answers: list[str],
+    *,
+    url: str,
+    timeout: float,
+    retries: int,
+    batch_size: int,
+    poll: Callable[[], None] = lambda: None,
 ) -> Column:
     """What the service at `url` says of the answers, `batch_size` of them per request, None where it says nothing.
 
     timeout: seconds that one try may take. Once a request has failed for good, the further ones of this call are tried
-    once, and after three in a row the rest are not sent: a service that is down must not hold up the other ranks.
+    once, and after three in a row the rest are not sent: a service that is down must not hold up the other ranks. poll:
+    called before every try and while waiting for the next; it raises where asking must end early.
     """
     scores: Column = []
     failures: list[str] = []
@@ -68,7 +76,7 @@ def http_scores(
             scores += [None] * len(texts)
             continue
         body = _body(some, texts)
-        found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries)
+        found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries, poll)
         failures += [failure] if failure else []
         in_a_row = in_a_row + 1 if failure else 0
         scores += found
@@ -107,11 +115,13 @@ def _is_json(value: Any) -> bool:
     return True
 
 
-def _ask(url: str, body: bytes, count: int, timeout: float, retries: int) -> tuple[Column, str]:
+def _ask(
+    url: str, body: bytes, count: int, timeout: float, retries: int, poll: Callable[[], None]
+) -> tuple[Column, str]:
     """One request with its further tries: (scores, why some are missing, empty where none failed)."""
     last = PassingError("")
     for again in range(retries + 1):
-        pause(again)
+        pause(again, poll)
         try:
             return _scores(exchange(url, body, timeout, {}, wanted="scores", where="rewards: http"), count), ""
         except PassingError as error:
@@ -119,10 +129,13 @@ def _ask(url: str, body: bytes, count: int, timeout: float, retries: int) -> tup
     return [None] * count if last.scores is None else last.scores, str(last)
 
 
-def pause(again: int) -> None:
+def pause(again: int, poll: Callable[[], None]) -> None:
     """Wait before a further try, longer each time; `again` counts them, 0 being the first try of all."""
-    if again:
-        time.sleep(min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE))
+    until = time.monotonic() + (min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE) if again else 0.0)
+    poll()
+    while (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, _PAUSE))
+        poll()
 
 
 def exchange(url: str, body: bytes, timeout: float, headers: Mapping[str, str], *, wanted: str, where: str) -> bytes:

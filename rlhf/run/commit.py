@@ -19,7 +19,7 @@ import secrets
 import shutil
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -338,8 +338,11 @@ def newest_checkpoint(folder: Path, *, hash_limit: int | None = SMALL_FILE) -> P
     return None
 
 
-def rotate(folder: Path, keep: int) -> None:
-    """Delete checkpoints older than the newest `keep` complete ones. Call it after a commit, never before."""
+def rotate(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
+    """Delete checkpoints older than the newest `keep` complete ones. Call it after a commit, never before.
+
+    also: checkpoints that stay, however old they are.
+    """
     complete = []
     for path in reversed(checkpoint_dirs(folder)):
         try:
@@ -350,7 +353,7 @@ def rotate(folder: Path, keep: int) -> None:
     if complete:
         oldest_kept = step_number(complete[: max(keep, 1)][-1])
         for path in checkpoint_dirs(folder):
-            if step_number(path) < oldest_kept:
+            if step_number(path) < oldest_kept and path not in also:
                 remove_dir(path)
 
 

@@ -35,9 +35,18 @@ class Opened:
     """
 
     def __init__(
-        self, stage: StageDir, mode: Mode, checkpoint: Path | None, lock: Lock, *, is_new: bool, aside: Path | None
+        self,
+        stage: StageDir,
+        mode: Mode,
+        checkpoint: Path | None,
+        lock: Lock,
+        *,
+        is_new: bool,
+        aside: Path | None,
+        was_asked: bool,
     ) -> None:
         self.stage, self.mode, self.checkpoint = stage, mode, checkpoint
+        self.was_asked = was_asked  # an old request to stop was found here, and removed
         self._lock, self._is_new, self._aside = lock, is_new, aside
 
     def __enter__(self) -> Opened:
@@ -47,8 +56,10 @@ class Opened:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
+            if error is None or self.stage.is_finished():  # a result that is there stays, whatever came after it
+                return
             undone = _is_false_start(error) and self._undo()
-            if error is not None and not undone and self._is_running():
+            if not undone and self._is_running():
                 state, reason = _ending(error)
                 with suppress(ResourceError):  # the first error is the one to report
                     self.stage.write_status(state=state, ended=now(), exit_reason=reason)

@@ -45,6 +45,7 @@ _STATUS: dict[str, tuple[tuple[type, ...], Any]] = {  # field -> types, value wh
     "ended": ((int, float), None),
     "exit_reason": ((str,), None),
     "key_metric": ((dict,), None),  # {name, value}
+    "best": ((dict,), None),  # {metric, step, value} of checkpoint.keep_best
 }
 _STATES = ("running", "finished", "failed", "stopped")
 _MOST_DIFFERENCES = 8
@@ -67,6 +68,7 @@ class StageSummary:
     reason: str | None
     started: float | None
     ended: float | None
+    best: dict[str, Any] | None = None  # {metric, step, value} of checkpoint.keep_best
 
 
 class StageDir:
@@ -89,6 +91,7 @@ class StageDir:
         self.best = self.path / "best.jsonl"
         self.lists = self.path / "lists.jsonl"
         self.answers = self.path / "answers.jsonl"
+        self.stop = self.path / "STOP"  # asks the process that works here to stop
         self.manifest = self.path / commit.MANIFEST
         self.lock = root / f".{name}.lock"
         self.writer_lock = root / f".{name}.rank0.lock"
@@ -119,12 +122,13 @@ class StageDir:
         try:
             if restart and launcher is None and self.path.exists():
                 aside = self._set_aside()
+            was_asked = launcher is None and self._forget_request()
             is_new = not self.exists()
             mode, checkpoint = self._create(inputs) if is_new else self._reopen(inputs)
         except BaseException:
             lock.release()
             raise
-        return Opened(self, mode, checkpoint, lock, is_new=is_new, aside=aside)
+        return Opened(self, mode, checkpoint, lock, is_new=is_new, aside=aside, was_asked=was_asked)
 
     def refuse_if_held(self) -> None:
         """Raise BusyError where another process works on the stage now; `open` looks again."""
@@ -148,6 +152,13 @@ class StageDir:
             who = "nobody" if other is None else commit.describe_holder(other)
             raise BusyError(f"expected to be held by process {launcher}, found {who}", where=str(self.path), fix=fix)
         return lock
+
+    def _forget_request(self) -> bool:
+        """Remove a STOP that was meant for an earlier start. Returns whether there was one."""
+        was_asked = self.stop.exists()
+        with commit.disk(self.stop):
+            self.stop.unlink(missing_ok=True)
+        return was_asked
 
     def _set_aside(self) -> Path:
         taken = [int(m[2]) for p in self.root.iterdir() if (m := SET_ASIDE.fullmatch(p.name)) and m[1] == self.name]
@@ -194,10 +205,14 @@ class StageDir:
         self.write_status(state="running", ended=None, exit_reason=None)
         return ("resume" if checkpoint else "new"), checkpoint
 
-    def cut_logs(self, step: int) -> None:
-        """Cut metrics and samples back to the first `step` finished steps; 0 empties them."""
+    def cut_logs(self, step: int, *, redo: bool = False) -> None:
+        """Cut metrics and samples back to the first `step` finished steps; 0 empties them.
+
+        redo: the last of these steps writes its rows again.
+        """
+        last = step - 1 if redo or not step else step
         for path in (self.metrics, self.samples):
-            commit.cut_jsonl(path, step if step else -1)
+            commit.cut_jsonl(path, last)
 
     # -- what a stage writes about itself
 
@@ -251,6 +266,8 @@ class StageDir:
             status["state"] = "unknown"
         if status["key_metric"] is not None and not {"name", "value"} <= status["key_metric"].keys():
             status["key_metric"] = None
+        if status["best"] is not None and not {"metric", "step", "value"} <= status["best"].keys():
+            status["best"] = None
         return status
 
     def log_handler(self) -> logging.FileHandler:
@@ -358,4 +375,5 @@ class StageDir:
             reason=reason or status["exit_reason"],
             started=status["started"],
             ended=status["ended"],
+            best=status["best"],
         )

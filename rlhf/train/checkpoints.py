@@ -15,11 +15,12 @@ from rlhf.errors import CheckpointError
 from rlhf.run import commit
 from rlhf.run.stage import StageDir
 from rlhf.train.pool import Budget
+from rlhf.train.standing import Standing
 
 logger = logging.getLogger("rlhf.checkpoint")
 
 
-_STATE = "state.json"
+_STATE, _STANDING = "state.json", "loop.json"
 
 
 class Kept(Protocol):
@@ -50,6 +51,7 @@ class Running:
     others: dict[str, Kept] = field(default_factory=dict)
     state: Remembered | None = None
     budget: Budget | None = None
+    standing: Standing = field(default_factory=Standing)
 
     def kept(self) -> dict[str, Kept]:
         """All tensors, by the name of their folder in a checkpoint."""
@@ -81,10 +83,11 @@ class Checkpoints:
         if dist.is_main():
             if running.state is not None:
                 commit.write_json(temporary / _STATE, running.state.as_json())
+            commit.write_json(temporary / _STANDING, running.standing.as_json())
             budget = running.budget
             found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
             facts = {"step": step, **found, **_layout(running.engines)}
-            self._in_flight = self._thread.submit(self._complete, temporary, final, facts)
+            self._in_flight = self._thread.submit(self._complete, temporary, final, facts, self._best())
 
     def settle(self) -> None:
         """Wait until the last checkpoint is complete under its name; where it failed, every rank raises why."""
@@ -95,9 +98,13 @@ class Checkpoints:
         if in_flight is not None:
             in_flight.result()
 
-    def _complete(self, temporary: Path, final: Path, facts: dict[str, Any]) -> None:
+    def _best(self) -> list[Path]:
+        best = self._running.standing.best
+        return [] if best is None else [self._folder.checkpoint(best.step)]
+
+    def _complete(self, temporary: Path, final: Path, facts: dict[str, Any], best: list[Path]) -> None:
         commit.commit_dir(temporary, final, facts)
-        commit.rotate(self._folder.checkpoints, self._keep)
+        commit.rotate(self._folder.checkpoints, self._keep, also=best)
         logger.info("checkpoint after step %d: %s", facts["step"], final)
 
     def __enter__(self) -> Checkpoints:
@@ -125,6 +132,7 @@ def load_checkpoint(path: Path, running: Running) -> int:
         kept.load(path / name)
     if running.state is not None:
         running.state.restore(commit.read_json(path / _STATE))
+    running.standing.restore(commit.read_json(path / _STANDING))
     if running.budget is not None and "micro_tokens" in manifest:
         running.budget.settle(int(manifest["micro_tokens"]))
     return int(manifest["step"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +26,7 @@ from rlhf.recipe.stages import (
 )
 from rlhf.run.lineage import Parent
 from rlhf.run.stage import StageDir
+from rlhf.train.signals import StopRequest
 
 Kind = Literal["tokens", "pairs", "answers", "lists", "prompts"]
 POLICY, SCORER, LABELLED = ("policy",), ("reward", "value"), ("data",)
@@ -114,6 +115,7 @@ class Job:
     restart: bool = False
     launcher: int | None = None  # pid of the command that started the ranks and holds the stage folder
     code: frozenset[Path] = frozenset()  # reward files that the user named on the command line
+    stop: StopRequest = field(default_factory=StopRequest)  # what takes long looks at it on the way
 
     def distinct_parents(self) -> list[Parent]:
         """The finished stages that this one starts from, each once."""

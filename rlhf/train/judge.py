@@ -10,7 +10,8 @@ from __future__ import annotations
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -54,7 +55,7 @@ def judge(job: Job, tokenizer: PreTrainedTokenizerFast, policy: Engine) -> Judge
     if isinstance(block, SelfRubricJudge):
         return self_judge(job, block, recipe.label, tokenizer, policy)
     cache = dist.agreed(lambda: ReplyCache(job.folder.root / "cache", [block.kind, block.url, block.model]))
-    return EndpointJudge(block, recipe.label, cache, ChatService(block) if dist.is_main() else None)
+    return EndpointJudge(block, recipe.label, cache, ChatService(block) if dist.is_main() else None, job.stop.check)
 
 
 @dataclass
@@ -65,6 +66,7 @@ class EndpointJudge:
     label: LabelBlock
     cache: ReplyCache
     service: ChatService | None  # on rank 0
+    poll: Callable[[], None] = lambda: None  # raises where asking must end early; what was said is kept
     has_warned: bool = False
 
     def __call__(self, answers: list[Row], step: int) -> list[Row]:
@@ -141,11 +143,13 @@ class EndpointJudge:
         wanted = {key: asked[place] for place, key in keys.items() if key not in self.cache}
         self.cache.counts.update(asked=len(wanted), cached=len(set(keys.values())) - len(wanted))
         failed: dict[str, Reply] = {}
-        for key, reply in self.service.ask(wanted):
-            if reply.problem:
-                failed[key] = reply
-            else:
-                self.cache.add(key, reply)
+        with closing(self.service.ask(wanted)) as replies:
+            for key, reply in replies:
+                if reply.problem:
+                    failed[key] = reply
+                else:
+                    self.cache.add(key, reply)
+                self.poll()
         said = {
             place: failed[key].problem if key in failed else self.read(self.cache[key]) for place, key in keys.items()
         }

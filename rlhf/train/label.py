@@ -166,7 +166,7 @@ def collector(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[Prompt
     recipe = job.recipe
     assert isinstance(recipe, LabelRecipe)
     policy = roles.frozen_policy(job, tokenizer)
-    ask = sampler(policy, tokenizer, recipe.sampling)
+    ask = sampler(policy, tokenizer, recipe.sampling, job.stop.check)
     asked = judge(job, tokenizer, policy) if recipe.judge is not None else None
     labeller = (
         None

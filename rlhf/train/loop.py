@@ -27,6 +27,7 @@ from rlhf.train.objectives import Objective
 from rlhf.train.pool import Budget, Micro, Pool
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
+from rlhf.train.standing import Standing
 
 logger = logging.getLogger("rlhf.train")
 
@@ -85,58 +86,112 @@ class Stage:
     target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
     measures_move: bool = False  # look once more how far the policy has moved, after its last update
     averages: list[Average] = field(default_factory=list)
+    checkpoint_minutes: float | None = None  # longest time between two checkpoints
+    standing: Standing = field(default_factory=Standing)
 
 
 def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop: StopRequest) -> dict[str, float]:
     """Run steps [first_step, stage.steps). Returns the last metrics. Raises StoppedError after a requested stop."""
-    last: dict[str, float] = {}
+    course = Course(stage, log, progress, stop, saved=first_step)
     if first_step == 0:
         stage.sample(0)
+    if stage.standing.unfinished is not None:
+        conclude(course, first_step, stage.standing.unfinished)
     for step in range(first_step, stage.steps):
-        started = time.monotonic()
-        collected = collect(stage, step, first_step)
-        with memory.phase("the update", "train.micro_tokens"):
-            metrics = {**update(stage, step, collected), **collected.metrics}
-        seconds = time.monotonic() - started
-        metrics["speed/tokens_per_second"] = collected.tokens / seconds
-        metrics["speed/seconds"] = seconds
-        done = step + 1
-        if stage.budget.is_open and collected.minibatches:
-            memory.settle(stage.budget, stage.objectives, collected.minibatches[0])
-        if stage.is_eval_step(done):
-            metrics.update(stage.evaluate(done))
-        further, alarm = stage.collector.learned(step, metrics)
-        last.update(metrics | further)
-        if done % stage.log_every == 0 or done == stage.steps or alarm:
-            log.write(done, metrics | further)
-        progress.advance(done, last)
-        stage.report(done, stage.key_metric, last.get(stage.key_metric))
+        conclude(course, step + 1, learn(course, step))
+    stage.settle()
+    return course.last
+
+
+@dataclass
+class Course:
+    """A run of the loop in this process."""
+
+    stage: Stage
+    log: MetricsLog
+    progress: Progress
+    stop: StopRequest
+    saved: int  # finished steps that the newest checkpoint holds
+    saved_at: float = field(default_factory=time.monotonic)
+    last: dict[str, float] = field(default_factory=dict)  # every metric's last value
+
+    def save(self, done: int, *, wait: bool) -> None:
+        """Write a checkpoint, unless it is there."""
+        if done > self.saved:
+            self.stage.checkpoint(done)
+            self.saved, self.saved_at = done, time.monotonic()
+        if wait:
+            self.stage.settle()
+
+    def is_overdue(self) -> bool:
+        """Whether the last checkpoint is longer ago than it may be, by this rank's clock."""
+        minutes = self.stage.checkpoint_minutes
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def stopped(self, done: int) -> StoppedError:
+        """What the user is told."""
+        return self.stop.error(f" after step {done} of {self.stage.steps}")
+
+
+def learn(course: Course, step: int) -> dict[str, float]:
+    """Collect a batch and learn from it. Returns the step's metrics."""
+    stage, started = course.stage, time.monotonic()
+    collected = collect(course, step)
+    with memory.phase("the update", "train.micro_tokens"):
+        metrics = {**update(stage, step, collected), **collected.metrics}
+    seconds = time.monotonic() - started
+    metrics["speed/tokens_per_second"] = collected.tokens / seconds
+    metrics["speed/seconds"] = seconds
+    if stage.budget.is_open and collected.minibatches:
+        memory.settle(stage.budget, stage.objectives, collected.minibatches[0])
+    return metrics
+
+
+def conclude(course: Course, done: int, metrics: dict[str, float]) -> None:
+    """Everything of a step that follows its last update. What a request may cut off comes first: it is done again.
+
+    Then the stage adapts, the row is written, and a checkpoint where one is due.
+    """
+    stage, standing = course.stage, course.stage.standing
+    try:
+        found = stage.evaluate(done) if stage.is_eval_step(done) else {}
         if stage.is_sample_step(done):
             stage.sample(done)
-        stopping = dist.any_rank(stop.requested) and done < stage.steps
-        due = stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.steps
-        if stopping or due or alarm:
-            stage.checkpoint(done)
-        if stopping or alarm:
-            stage.settle()
-        if alarm:
-            raise alarm
-        if stopping:
-            raise StoppedError(
-                f"stopped on request after step {done} of {stage.steps}", fix="The same command resumes."
-            )
-    stage.settle()
-    return last
+    except StoppedError:
+        standing.unfinished = metrics
+        course.save(done, wait=True)
+        raise course.stopped(done) from None
+    standing.unfinished = None
+    metrics = metrics | found
+    further, alarm = stage.collector.learned(done - 1, metrics)
+    metrics |= further
+    course.last.update(metrics)
+    if done % stage.log_every == 0 or done == stage.steps or alarm:
+        course.log.write(done, metrics)
+    is_best = standing.improves(done, metrics)
+    course.progress.advance(done, course.last)
+    stage.report(done, stage.key_metric, course.last.get(stage.key_metric))
+    wish = dist.max_over_ranks(2 if course.stop.requested else int(course.is_overdue()))
+    is_last = done == stage.steps
+    stopping = wish == 2 and not is_last
+    due = is_best or wish == 1 or (stage.checkpoint_every and done % stage.checkpoint_every == 0)
+    if stopping or alarm or (due and not is_last):
+        course.save(done, wait=bool(stopping or alarm))
+    if alarm:
+        raise alarm
+    if stopping:
+        raise course.stopped(done)
 
 
-def collect(stage: Stage, step: int, first_step: int) -> Collected:
+def collect(course: Course, step: int) -> Collected:
     """The batch of a step. Where it fails for a reason that all ranks know, what was learned so far is kept."""
     try:
-        return stage.collector.collect(step)
+        return course.stage.collector.collect(step)
+    except StoppedError:
+        course.save(step, wait=True)
+        raise course.stopped(step) from None
     except UserError:
-        if step > first_step:
-            stage.checkpoint(step)
-            stage.settle()
+        course.save(step, wait=True)
         raise
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -48,6 +48,8 @@ from rlhf.train.pool import Budget, Pool, at_places, sampled_pool
 from rlhf.train.roles import Reference
 from rlhf.train.rollout import Sampler, generate
 from rlhf.train.seeding import derive, permutation
+from rlhf.train.signals import StopRequest
+from rlhf.train.standing import leave_together
 from rlhf.train.state import OnlineState
 from rlhf.train.supervised import Dataset
 
@@ -72,6 +74,7 @@ class OnlineCollector:
     starts_at_reference: bool
     budget: Budget
     opponent: Opponent | None = None
+    stop: StopRequest = field(default_factory=StopRequest)
 
     def collect(self, step: int) -> Collected:
         """Sample, score, and cut into minibatches."""
@@ -243,7 +246,10 @@ class OnlineCollector:
         """
         pool = sampled_pool(answers, list(range(len(answers))), self.recipe.train.answers)
         micros = list(pool.cut(self.budget))
-        seen = [self.look_at(micro.rows) for micro in micros]
+        seen = []
+        for micro in micros:
+            leave_together(self.stop)
+            seen.append(self.look_at(micro.rows))
 
         def whole(name: str) -> Tensor:
             return at_places(zip(micros, [getattr(part, name) for part in seen], strict=True), len(answers))

@@ -24,6 +24,7 @@ from rlhf.train.loop import Collector
 from rlhf.train.objectives import Objective
 from rlhf.train.pool import Budget
 from rlhf.train.rollout import Sampler
+from rlhf.train.standing import Standing
 from rlhf.train.supervised import Dataset
 
 
@@ -51,16 +52,19 @@ class Parts:
     target_kl: float | None = None
     measures_move: bool = False
     completed: Callable[[dict[str, float]], dict[str, float]] | None = None  # adds to what held-out rows gave
+    standing: Standing = field(default_factory=Standing)
 
     def running(self) -> Running:
         """What a checkpoint holds."""
-        return Running(self.engines, dict(self.averages), self.state, self.budget)
+        return Running(self.engines, dict(self.averages), self.state, self.budget, self.standing)
 
 
-def sampler(engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock) -> Sampler:
+def sampler(
+    engine: Engine, tokenizer: PreTrainedTokenizerFast, sampling: SamplingBlock, poll: Callable[[], None]
+) -> Sampler:
     """How answers end and how they are read: every end token that model, tokenizer, template or recipe names."""
     stop_ids = chat.stop_token_ids(tokenizer, generation_config(engine), extra=sampling.stop)
-    return Sampler(stop_ids, tokenizer.pad_token_id, decoder(tokenizer))
+    return Sampler(stop_ids, tokenizer.pad_token_id, decoder(tokenizer), poll)
 
 
 def generation_config(engine: Engine) -> Any:

@@ -24,6 +24,7 @@ class Sampler:
     stop_ids: list[int]
     pad_id: int
     decode: Callable[[list[int]], str]
+    poll: Callable[[], None] = lambda: None  # raises where sampling must end early
     engine: sample.Generator = sample.generate
 
 
@@ -41,6 +42,7 @@ def generate(
         seeds=seeds,
         decode=sampler.decode,
         slots=slots,
+        poll=sampler.poll,
     )
 
 

@@ -12,7 +12,7 @@ from rlhf.batch import Rollout
 from rlhf.data.examples import Example, Loaded, PromptExample, TokenExample
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import UserError
+from rlhf.errors import StoppedError, UserError
 from rlhf.models.tokenizer import decoder
 from rlhf.recipe.schema import LogBlock, SamplingBlock
 from rlhf.rewards.scorer import Scorer
@@ -45,7 +45,7 @@ class SampleWriter:
             return
         seeds = [derive(self.seed, "show", place) for place in range(len(self.prompts))]
         with self.engine.gathered() as policy:
-            rollout = generate(policy, self.prompts, seeds, self.sampling, self.sampler)
+            rollout = dist.agreed(lambda: generate(policy, self.prompts, seeds, self.sampling, self.sampler))
         scores = self.scores(rollout)
         if not dist.is_main():
             return
@@ -64,6 +64,8 @@ class SampleWriter:
         try:
             scores: list[float | None] = self.scorer(rollout).total.tolist()
             return scores
+        except StoppedError:
+            raise
         except UserError as error:
             logger.warning("samples are shown without scores: %s", error)
             return [None] * len(rollout)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from transformers import PreTrainedTokenizerFast
@@ -26,6 +26,7 @@ from rlhf.train.job import Job
 from rlhf.train.objectives import bind
 from rlhf.train.pool import Budget, own_passes
 from rlhf.train.shared import SharedRoles
+from rlhf.train.standing import leave_together
 
 logger = logging.getLogger("rlhf.roles")
 
@@ -56,10 +57,15 @@ def scorer(
         elif isinstance(spec, ProcessReward):
             step_parts[name] = process_part(spec.function, spec.separator, spec.timeout, decoder(tokenizer))
         elif isinstance(spec, HttpReward):
-            parts[name] = rule_part(_service(spec))
+            parts[name] = rule_part(_service(spec, job.stop.check))
         else:
             parts[name] = rule_part(bind(RULES, spec))
-    return Scorer(parts, weights, step_parts, dist.agreed)
+
+    def ask(work: Callable[[], Any]) -> Any:
+        leave_together(job.stop)
+        return dist.agreed(work)
+
+    return Scorer(parts, weights, step_parts, ask)
 
 
 def reads_alike(own: PreTrainedTokenizerFast, policy: PreTrainedTokenizerFast) -> bool:
@@ -137,7 +143,8 @@ def _model(
     return standardised(part, published.mean, published.std if spec.statistics == "normalise" else 1.0)
 
 
-def _service(spec: HttpReward) -> Any:
-    """A scorer behind an address, in the shape of a rule."""
-    options = {"url": spec.url, "timeout": spec.timeout, "retries": spec.retries, "batch_size": spec.batch_size}
+def _service(spec: HttpReward, poll: Callable[[], None]) -> Any:
+    """A scorer behind an address, in the shape of a rule. poll: raises where nobody waits for the scores any more."""
+    limits = {"timeout": spec.timeout, "retries": spec.retries, "batch_size": spec.batch_size}
+    options = {"url": spec.url, **limits, "poll": poll}
     return lambda rows, answers: http_scores(rows, answers, **options)

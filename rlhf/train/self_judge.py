@@ -43,7 +43,7 @@ def self_judge(
     """The policy as its own judge. What it replied is kept by its weights, tokenizer, template and sampling."""
     model = job.recipe.model
     weights = job.parents["model"].content_hash if "model" in job.parents else f"{model.path}@{model.revision}"
-    ask = sampler(policy, tokenizer, block.sampling)
+    ask = sampler(policy, tokenizer, block.sampling, job.stop.check)
     reads = [weights, model.dtype, chat.tokenizer_hash(tokenizer), chat.template_hash(tokenizer)]
     made_by = [block.kind, *reads, block.sampling.model_dump(mode="json"), sorted(ask.stop_ids)]
     cache = dist.agreed(lambda: ReplyCache(job.folder.root / "cache", made_by))

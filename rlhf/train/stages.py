@@ -39,6 +39,7 @@ from rlhf.train.supervised import SupervisedCollector, evaluate
 def assemble(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
     """Build the stage's models and everything that is fed to them."""
     parts = ASSEMBLE[job.stage](job, tokenizer, data)
+    parts.standing.watched = job.recipe.checkpoint.keep_best
     parts.stop_ids = chat.stop_token_ids(tokenizer, generation_config(next(iter(parts.engines.values()))))
     return parts
 
@@ -141,7 +142,7 @@ def _online(
     collector = OnlineCollector(
         recipe,
         data.train,
-        sampler(actor, tokenizer, recipe.sampling),
+        sampler(actor, tokenizer, recipe.sampling, job.stop.check),
         actor,
         reference,
         scorer,
@@ -152,6 +153,7 @@ def _online(
         roles.is_same_start(job),
         budget,
         None if against is None else Opponent(actor, reference, against.mixture),
+        job.stop,
     )
     objectives: list[Objective] = [PolicyObjective.from_recipe(actor, recipe, state)]
     if recipe.pretraining is not None:
@@ -195,7 +197,7 @@ def to_stage(
 
     def evaluate_now(done: int) -> dict[str, float]:
         assert held_out is not None
-        found = evaluate(parts.objectives[0], held_out, parts.budget)
+        found = evaluate(parts.objectives[0], held_out, parts.budget, job.stop)
         return found | (parts.completed(found) if parts.completed is not None else {})
 
     def is_sample_step(done: int) -> bool:
@@ -221,6 +223,8 @@ def to_stage(
         target_kl=parts.target_kl,
         measures_move=parts.measures_move,
         averages=list(parts.averages.values()),
+        checkpoint_minutes=recipe.checkpoint.minutes,
+        standing=parts.standing,
     )
 
 
@@ -234,7 +238,7 @@ def _sample_writer(
         engine,
         parts.prompts,
         parts.sampling,
-        sampler(engine, tokenizer, parts.sampling),
+        sampler(engine, tokenizer, parts.sampling, job.stop.check),
         parts.scorer,
         job.recipe.train.seed,
         job.recipe.log,

@@ -15,6 +15,8 @@ from rlhf.train.loop import Collected
 from rlhf.train.metrics import Meter
 from rlhf.train.objectives import Objective
 from rlhf.train.pool import Budget, Pool
+from rlhf.train.signals import StopRequest
+from rlhf.train.standing import leave_together
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,12 @@ class SupervisedCollector:
         return {}, None
 
 
-def evaluate(objective: Objective, data: Dataset, budget: Budget) -> dict[str, float]:
-    """Metrics of an objective on held-out rows, `eval/...`, over all ranks."""
+def evaluate(objective: Objective, data: Dataset, budget: Budget, stop: StopRequest) -> dict[str, float]:
+    """Metrics of an objective on held-out rows, `eval/...`, over all ranks. A request to stop cuts it off."""
     meter = Meter()
     with memory.phase("evaluation on held-out rows", "train.micro_tokens"), objective.engine.evaluating():
         for micro in data.pool().cut(budget):
+            leave_together(stop)
             meter.add(micro.weighed(objective.loss(micro.rows)).metrics)
             meter.add_counts(dist.sum_over_ranks(micro.counted(objective.counts(micro.rows))))
     return {f"eval/{name}": value for name, value in meter.means().items()}

@@ -24,7 +24,7 @@ from rlhf.errors import StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
 from rlhf.recipe.schema import DataBlock
-from rlhf.recipe.stages import OnlineRecipe
+from rlhf.recipe.stages import OnlineRecipe, Recipe
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import memory, merging, stages
@@ -39,6 +39,7 @@ from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
 from rlhf.train.shared import published
 from rlhf.train.signals import StopRequest
+from rlhf.train.standing import Standing, leave_together
 from rlhf.train.token_cache import cache_key, cached_examples
 from rlhf.train.tokenizers import stage_tokenizer
 
@@ -50,25 +51,26 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
 
     held: the stage folder where this process has opened it; ranks open it here, since all must hear of a refusal.
     """
+    job = replace(job, stop=stop)
     if dist.start().type == "cpu":
         memory.keep_freed()
     console = Console(stderr=True)
-    with opened(job, held) as (mode, checkpoint), logging_to(job, console), in_users_words():
+    with opened(job, held) as (mode, checkpoint), logging_to(job, console), in_users_words(), asked_to_stop(job):
         if mode == "finished":
             logger.info("%s was finished before with the same inputs", job.folder.path)
             dist.finish()
             return True
         if job.stage == "label":
-            label(job, stop, console)
+            label(job, console)
         elif job.stage == "merge":
             merging.merge(job, devices())
         else:
-            train(job, checkpoint, stop, console)
+            train(job, checkpoint, console)
     dist.finish()
     return False
 
 
-def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console) -> None:
+def train(job: Job, checkpoint: Path | None, console: Console) -> None:
     """Data, models, loop, publication."""
     recipe, folder = job.recipe, job.folder
     tokenizer, data = prepare(job)
@@ -77,9 +79,10 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
     first_step = load_checkpoint(checkpoint, parts.running()) if checkpoint else 0
     if first_step:
         logger.info("goes on after step %d of %d", first_step, parts.steps)
+    written = first_step - (parts.standing.unfinished is not None)  # steps whose rows are in the logs
     with (
         Checkpoints(folder, parts.running(), recipe.checkpoint.keep) as checkpoints,
-        Progress(title(job), parts.steps, first_step, console) as progress,
+        Progress(title(job), parts.steps, written, console) as progress,
     ):
         stage = stages.to_stage(
             job,
@@ -87,21 +90,22 @@ def train(job: Job, checkpoint: Path | None, stop: StopRequest, console: Console
             tokenizer,
             progress,
             checkpoints,
-            report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value),
+            report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value, parts.standing),
         )
-        metrics = go_through(job, stage, first_step, progress, stop)
+        metrics = go_through(job, stage, first_step, progress)
     publish(job, parts, tokenizer, base)
     log_key_metric(job, stage, metrics)
+    log_best(job, stage)
 
 
-def label(job: Job, stop: StopRequest, console: Console) -> None:
+def label(job: Job, console: Console) -> None:
     """Prompts, models, answers, pairs; no weight changes."""
     tokenizer, data = prepare(job)
     source = labelling.collector(job, tokenizer, data.train)
     first_step = dist.from_main(dist.agreed(lambda: labelling.go_on(source) if dist.is_main() else None))
     stage = labelling.to_stage(source, lambda done, name, value: heartbeat(job, source.steps, done, name, value))
     with Progress(title(job), source.steps, first_step, console) as progress:
-        metrics = go_through(job, stage, first_step, progress, stop)
+        metrics = go_through(job, stage, first_step, progress)
     refusal: UserError | None = None
     if dist.is_main():
         try:
@@ -135,13 +139,14 @@ def title(job: Job) -> str:
     return job.stage if job.folder.name == job.stage else f"{job.stage} {job.folder.name}"
 
 
-def go_through(job: Job, stage: Stage, first_step: int, progress: Progress, stop: StopRequest) -> dict[str, float]:
-    """The loop, from a step on. From here on a request to stop waits for the end of the step."""
-    folder = job.folder
+def go_through(job: Job, stage: Stage, first_step: int, progress: Progress) -> dict[str, float]:
+    """The loop, from a step on. From here on a request to stop waits until what was learned is on the disk."""
+    folder, stop = job.folder, job.stop
     if dist.is_main():
-        folder.cut_logs(first_step)
+        folder.cut_logs(first_step, redo=stage.standing.unfinished is not None)
     dist.barrier()
     stop.after_step = True
+    leave_together(stop)  # where a request came while the interpreter could not be interrupted
     log = MetricsLog(folder.metrics, job.recipe.log, f"{folder.root.name}/{folder.name}")
     return fit(stage, first_step, log, progress, stop)
 
@@ -150,6 +155,21 @@ def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:
     """The stage's last word."""
     key = metrics.get(stage.key_metric)
     logger.info("%s: %s %s", job.folder.path, stage.key_metric, "-" if key is None else f"{key:.4g}")
+
+
+def log_best(job: Job, stage: Stage) -> None:
+    """Where the best step is, which is not what was published."""
+    standing = stage.standing
+    if standing.watched is None:
+        return
+    metric, best = standing.watched.metric, standing.best
+    if best is None:
+        logger.warning("checkpoint.keep_best: no step had %s, so that none is kept as the best", metric)
+    elif best.step == stage.steps:
+        logger.info("best %s: %.4g, of the last step, which is published", metric, best.value)
+    else:
+        where = job.folder.checkpoint(best.step)
+        logger.info("best %s: %.4g, of step %d, kept in %s", metric, best.value, best.step, where)
 
 
 def load_data(job: Job, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Loaded:
@@ -182,10 +202,13 @@ def report_data(data: Loaded) -> dict[str, Any]:
     return facts
 
 
-def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -> None:
+def heartbeat(
+    job: Job, steps: int, done: int, name: str, value: float | None, standing: Standing | None = None
+) -> None:
     """Keep status.json up to date."""
     if dist.is_main():
-        job.folder.write_status(step=done, total_steps=steps, key_metric={"name": name, "value": value})
+        best = None if standing is None else standing.told()
+        job.folder.write_status(step=done, total_steps=steps, key_metric={"name": name, "value": value}, best=best)
 
 
 def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None) -> None:
@@ -271,6 +294,14 @@ def in_users_words() -> Iterator[None]:
             raise
         what = f"rank {dist.rank()} has lost another rank: {str(error).splitlines()[0][:200]}"
         raise WorkerLostError(what, fix="The same command resumes.") from error
+
+
+@contextmanager
+def asked_to_stop(job: Job) -> Iterator[None]:
+    """Inside, a file STOP in the stage folder and the end of `max_minutes` are requests to stop."""
+    minutes = job.recipe.max_minutes if isinstance(job.recipe, Recipe) else None
+    with job.stop.watching(job.folder.stop, minutes):
+        yield
 
 
 class ConsoleHandler(logging.Handler):

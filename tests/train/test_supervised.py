@@ -10,6 +10,7 @@ from rlhf.engine.engine import Engine
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 from rlhf.train.objectives import SFTObjective
 from rlhf.train.pool import Budget
+from rlhf.train.signals import StopRequest
 from rlhf.train.supervised import Dataset, SupervisedCollector, evaluate
 
 LENGTHS = [3, 9, 4, 7, 5, 6, 8]
@@ -74,7 +75,7 @@ def test_the_check_sees_the_first_metrics(forked):
 def test_evaluation_is_the_mean_over_tokens(forked, budget):
     def body():
         engine = Engine(LogProb(), ZeroBlock(), bf16=False, optim=OptimBlock())
-        found = evaluate(SFTObjective(engine, OptimBlock()), dataset(), budget)
+        found = evaluate(SFTObjective(engine, OptimBlock()), dataset(), budget, StopRequest())
         trained = [length - 1 for length in LENGTHS]
         expected = sum(0.5 * (row + 1) * count for row, count in enumerate(trained)) / sum(trained)
         assert found == {
