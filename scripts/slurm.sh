@@ -38,7 +38,13 @@ while kill -0 "$child" 2> /dev/null; do # a signal ends `wait`, not the command
     code=0
     wait "$child" || code=$?
 done
-if [ "$code" -eq 75 ]; then
+run=
+for ((i = 1; i < $#; i++)); do
+    next=$((i + 1))
+    if [ "${!i}" = --run ]; then run=${!next}; fi
+done
+# A file STOP in a stage folder (it stays until the next start) means that the job is to end for good.
+if [ "$code" -eq 75 ] && ! compgen -G "$run/*/STOP" > /dev/null; then
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib.util
 import os
 from pathlib import Path
+from typing import Any
 
 from rlhf.errors import CheckpointError, RecipeError, UnsafeError
 from rlhf.models.folder import check_model_folder
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.reward_options import FunctionReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards
-from rlhf.recipe.stages import RECIPES, AnyRecipe, Recipe
+from rlhf.recipe.stages import RECIPES, AnyRecipe, LearningRecipe, Recipe
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import (
@@ -68,13 +69,16 @@ def prepare(
         parents[key] = resolve_parent(source.from_, run, LABELLED, f"{key}.from", loaded.place(f"{key}.from"))
     recipe = with_paths(recipe, parents)
     resolved = dump_recipe(loaded.recipe)
-    inputs = {
+    inputs: dict[str, Any] = {
         "stage": stage,
         "recipe": loaded.recipe.model_dump(mode="json", by_alias=True, exclude=set(loaded.recipe.of_the_process)),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
         "data": check_data(recipe, stage),
         "code": {str(file): hash_file(file) for file in sorted(code)},
     }
+    best = recipe.checkpoint.keep_best if isinstance(recipe, LearningRecipe) else None
+    if best is not None and best.publish:  # the one option there that changes what comes of the stage
+        inputs["publishes"] = best.model_dump()
     job = Job(stage, folder, recipe, loaded.raw_text, resolved, parents, inputs, restart, None, code)
     return job, loaded
 

@@ -350,10 +350,11 @@ class SamplingBlock(Block):
 
 
 class KeepBestBlock(Block):
-    """The step that a metric is best at. Its checkpoint is kept; what is published are the last step's weights."""
+    """The step that a metric is best at: its checkpoint is kept."""
 
     metric: str = Field(description="a name in metrics.jsonl, e.g. eval/loss")
     larger_is_better: bool = Field(description="false for a loss, true for an accuracy or a score")
+    publish: bool = Field(False, description="publish the weights of the best step, not those of the last one")
 
 
 class CheckpointBlock(Block):

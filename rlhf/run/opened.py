@@ -69,9 +69,14 @@ class Opened:
     def _undo(self) -> bool:
         """Remove the folder if this opening made it and no step was finished since; --restart gives the old one back.
 
-        Returns whether it did.
+        Returns whether it did. Where a file STOP asked for it, whoever wrote it finds it there.
         """
-        if not self._is_new or self.stage.read_status()["step"] or self.stage.checkpoints.exists():
+        if (
+            not self._is_new
+            or self.stage.stop.exists()
+            or self.stage.read_status()["step"]
+            or self.stage.checkpoints.exists()
+        ):
             return False
         with suppress(ResourceError), commit.disk(self.stage.path):
             commit.remove_dir(self.stage.path)

@@ -155,9 +155,10 @@ class StageDir:
 
     def _forget_request(self) -> bool:
         """Remove a STOP that was meant for an earlier start. Returns whether there was one."""
-        was_asked = self.stop.exists()
-        with commit.disk(self.stop):
-            self.stop.unlink(missing_ok=True)
+        was_asked = self.stop.is_file()
+        if was_asked:
+            with commit.disk(self.stop):
+                self.stop.unlink()
         return was_asked
 
     def _set_aside(self) -> Path:

@@ -83,7 +83,7 @@ class Checkpoints:
         if dist.is_main():
             if running.state is not None:
                 commit.write_json(temporary / _STATE, running.state.as_json())
-            commit.write_json(temporary / _STANDING, running.standing.as_json())
+            commit.write_json(temporary / _STANDING, running.standing.as_json(), durable=False)  # as yet
             budget = running.budget
             found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
             facts = {"step": step, **found, **_layout(running.engines)}

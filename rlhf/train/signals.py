@@ -59,7 +59,7 @@ class StopRequest:
     def _watch(self, file: Path, minutes: float | None, left: threading.Event) -> None:
         while not left.wait(_LOOKS_EVERY_S):
             is_over = minutes is not None and time.monotonic() - self._started > 60 * minutes
-            if is_over or file.exists():
+            if is_over or file.is_file():
                 self.why = f"after max_minutes = {minutes:g}" if is_over else f"on request, as {file} says"
                 os.kill(os.getpid(), signal.SIGTERM)  # ends what is starting, as any other request does
                 return

@@ -25,6 +25,7 @@ from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
 from rlhf.recipe.schema import DataBlock
 from rlhf.recipe.stages import OnlineRecipe, Recipe
+from rlhf.run import commit
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import memory, merging, stages
@@ -93,9 +94,9 @@ def train(job: Job, checkpoint: Path | None, console: Console) -> None:
             report=lambda done, name, value: heartbeat(job, parts.steps, done, name, value, parts.standing),
         )
         metrics = go_through(job, stage, first_step, progress)
-    publish(job, parts, tokenizer, base)
+    log_best(job, parts)
+    publish(job, parts, tokenizer, base, published_step(job, parts))
     log_key_metric(job, stage, metrics)
-    log_best(job, stage)
 
 
 def label(job: Job, console: Console) -> None:
@@ -157,19 +158,24 @@ def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:
     logger.info("%s: %s %s", job.folder.path, stage.key_metric, "-" if key is None else f"{key:.4g}")
 
 
-def log_best(job: Job, stage: Stage) -> None:
-    """Where the best step is, which is not what was published."""
-    standing = stage.standing
-    if standing.watched is None:
-        return
-    metric, best = standing.watched.metric, standing.best
-    if best is None:
-        logger.warning("checkpoint.keep_best: no step had %s, so that none is kept as the best", metric)
-    elif best.step == stage.steps:
-        logger.info("best %s: %.4g, of the last step, which is published", metric, best.value)
-    else:
-        where = job.folder.checkpoint(best.step)
-        logger.info("best %s: %.4g, of step %d, kept in %s", metric, best.value, best.step, where)
+def log_best(job: Job, parts: Parts) -> None:
+    """Where the best step is."""
+    watched, best = parts.standing.watched, parts.standing.best
+    if watched is not None and best is None:
+        logger.warning("checkpoint.keep_best: no step had %s, so that none is the best", watched.metric)
+    elif watched is not None and best is not None:
+        where = "the last one" if best.step == parts.steps else str(job.folder.checkpoint(best.step))
+        logger.info("best %s: %.4g, of step %d: %s", watched.metric, best.value, best.step, where)
+
+
+def published_step(job: Job, parts: Parts) -> int:
+    """The step whose weights are published, which the models have from here on."""
+    watched, best = parts.standing.watched, parts.standing.best
+    if watched is None or not watched.publish or best is None or best.step == parts.steps:
+        return parts.steps
+    path = job.folder.checkpoint(best.step)
+    commit.verify(path)
+    return load_checkpoint(path, replace(parts.running(), standing=Standing()))
 
 
 def load_data(job: Job, tokenizer: PreTrainedTokenizerFast, kind: Kind) -> Loaded:
@@ -211,8 +217,13 @@ def heartbeat(
         job.folder.write_status(step=done, total_steps=steps, key_metric={"name": name, "value": value}, best=best)
 
 
-def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None) -> None:
-    """Write the trained models as Hugging Face folders; the manifest comes last. base: what an adapter stands on."""
+def publish(
+    job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None, step: int
+) -> None:
+    """Write the trained models as Hugging Face folders; the manifest comes last.
+
+    base: what an adapter stands on. step: whose weights these are.
+    """
     statistics = parts.statistics() if parts.statistics is not None else None
     if statistics is not None:
         set_statistics(parts.published["model"][0].module.core.config, statistics)
@@ -238,6 +249,7 @@ def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: di
             "head": None if kind == "policy" else "score",
             "dtype": job.recipe.model.dtype,
             "lora": job.recipe.model.lora is not None,
+            "step": step,
             **(statistics.facts() if statistics is not None else {}),
             "adapter_base": base,
         }

@@ -82,7 +82,7 @@ def test_a_checkpoint_is_sealed_and_old_ones_go(forked, tmp_path):
         manifest = json.loads((newest / "MANIFEST.json").read_text())
         assert manifest["step"] == 9 and manifest["devices"] == 1
         assert manifest["zero_stages"] == {"policy": 2, "critic": 2}
-        assert {name.split("/")[0] for name in manifest["files"]} == {"policy", "critic"}
+        assert {name.split("/")[0] for name in manifest["files"]} == {"policy", "critic", "loop.json"}
         (newest / "policy" / "deepspeed" / "mp_rank_00_model_states.pt").write_bytes(b"cut short")
         assert commit.newest_checkpoint(stage.checkpoints) == stage.checkpoint(6)
 
@@ -180,7 +180,7 @@ def test_averages_and_numbers_travel_with_the_engines(forked, tmp_path, zero):
         first.others["ema"].update()
         save(stage, first, 1, keep=1)
         files = json.loads((stage.checkpoint(1) / "MANIFEST.json").read_text())["files"]
-        assert {name.split("/")[0] for name in files} == {"policy", "critic", "ema", "state.json"}
+        assert {name.split("/")[0] for name in files} == {"policy", "critic", "ema", "loop.json", "state.json"}
         second = running(9, 1.0)
         assert load_checkpoint(stage.checkpoint(1), second) == 1
         assert second.state.kl_coef == 0.125

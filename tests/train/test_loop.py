@@ -16,12 +16,13 @@ from rlhf.data.dealing import Unit
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
 from rlhf.errors import NumericsError, RecipeError, StoppedError, UserError
-from rlhf.recipe.schema import LogBlock, OptimBlock, ZeroBlock
+from rlhf.recipe.schema import KeepBestBlock, LogBlock, OptimBlock, ZeroBlock
 from rlhf.train.loop import Collected, Stage, fit, learning_rate, update, update_number
 from rlhf.train.metrics import MetricsLog
 from rlhf.train.pool import Budget, Pool
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
+from rlhf.train.standing import Best, Standing
 
 OPTIM = OptimBlock(optimizer="sgd", lr=0.5, schedule="linear", warmup=0.0, min_lr_ratio=0.0, max_grad_norm=0.0)
 
@@ -76,16 +77,19 @@ class Squares:
 
 @dataclass
 class Collector:
-    """Two minibatches per step. `fails`: the step that cannot be collected; `alarms`: the step that ends the run."""
+    """Two minibatches per step. `fails`, `stops`: not collected; `alarms`: the step that ends the run."""
 
     fails: int | None = None
     alarms: int | None = None
+    stops: int | None = None
     minibatches: int = 2
     guarded: list[int] = field(default_factory=list)
 
     def collect(self, step: int) -> Collected:
         if step == self.fails:
             raise RecipeError("no reward today", where="rewards", fix="come back")
+        if step == self.stops:
+            raise StoppedError("stopped in the rollout")
         return Collected(
             [pool(points(seed=10 * step + i)) for i in range(self.minibatches)], {"rollout/finished": 1.0}, 8
         )
@@ -120,7 +124,8 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
 
 
 def run(path: Path, one: Stage, first_step: int = 0, stop: StopRequest | None = None) -> dict[str, float]:
-    with Progress("test", one.steps, first_step, Console(quiet=True)) as progress:
+    written = first_step - (one.standing.unfinished is not None)
+    with Progress("test", one.steps, written, Console(quiet=True)) as progress:
         return fit(one, first_step, MetricsLog(path, LogBlock(), "run/ppo"), progress, stop or StopRequest())
 
 
@@ -270,5 +275,92 @@ def test_checkpoints_are_regular_and_a_request_stops_after_its_step(forked, tmp_
         with pytest.raises(StoppedError, match="after step 1 of 4"):
             run(tmp_path / "b.jsonl", stage([Squares(engine())], Collector(), checkpoint=saved.append), stop=stop)
         assert saved == [2, 1]
+
+    forked(body)
+
+
+@pytest.mark.parametrize(("first_step", "stops", "expected"), [(0, 2, [2]), (0, 0, []), (2, 2, [])])
+def test_a_rollout_that_is_cut_off_is_not_in_the_checkpoint(forked, tmp_path, first_step, stops, expected):
+    def body():
+        path, saved = tmp_path / "metrics.jsonl", []
+        one = stage([Squares(engine())], Collector(stops=stops), checkpoint=saved.append)
+        with pytest.raises(StoppedError, match=f"after step {stops} of 4"):
+            run(path, one, first_step)
+        assert saved == expected and [row["step"] for row in rows(path)] == list(range(1, stops + 1))[first_step:]
+        assert one.standing.unfinished is None
+
+    forked(body)
+
+
+def test_checkpoints_are_as_often_as_the_clock_says(forked, tmp_path):
+    def body():
+        for minutes, expected in ((1e-9, [1, 2, 3]), (60.0, [2])):
+            saved = []
+            changes = {"checkpoint": saved.append, "checkpoint_every": 2, "checkpoint_minutes": minutes}
+            run(tmp_path / "metrics.jsonl", stage([Squares(engine())], Collector(), **changes))
+            assert saved == expected
+
+    forked(body)
+
+
+@dataclass
+class Judged:
+    """Evaluates and samples after every second step. `stops`: (what, when) is cut off."""
+
+    engine: Engine
+    stops: tuple[str, int] | None = None
+    sampled: list[int] = field(default_factory=list)
+
+    def evaluate(self, done: int) -> dict[str, float]:
+        self.look("evaluate", done)
+        return {"eval/loss": float(weights(self.engine).sum())}
+
+    def sample(self, done: int) -> None:
+        self.look("sample", done)
+        self.sampled.append(done)
+
+    def look(self, what: str, done: int) -> None:
+        if (what, done) == self.stops:
+            raise StoppedError("stopped on the way")
+
+    def stage(self, saved: list[int]) -> Stage:
+        every = {name: lambda done: done % 2 == 0 for name in ("is_eval_step", "is_sample_step")}
+        own = {"evaluate": self.evaluate, "sample": self.sample, "checkpoint": saved.append}
+        return stage([Squares(self.engine)], Collector(), **every, **own)
+
+
+def timeless(path: Path) -> list[dict]:
+    return [{name: v for name, v in row.items() if not name.startswith(("time", "speed/"))} for row in rows(path)]
+
+
+@pytest.mark.parametrize("cut_off", ["evaluate", "sample"])
+@pytest.mark.parametrize("step", [2, 4])
+def test_an_evaluation_that_is_cut_off_is_made_up_for(forked, tmp_path, cut_off, step):
+    def body():
+        straight = run(tmp_path / "straight.jsonl", Judged(engine()).stage([]))
+        path, saved, policy = tmp_path / "cut.jsonl", [], engine()
+        first = Judged(policy, (cut_off, step)).stage(saved)
+        with pytest.raises(StoppedError, match=f"after step {step} of 4"):
+            run(path, first)
+        assert saved == [step] and [row["step"] for row in rows(path)] == list(range(1, step))
+        judged = Judged(policy)
+        second = replace(judged.stage(saved), checkpoint_every=1)
+        second.standing.restore(json.loads(json.dumps(first.standing.as_json())))
+        last = run(path, second, first_step=step)
+        assert timeless(path) == timeless(tmp_path / "straight.jsonl") and last["eval/loss"] == straight["eval/loss"]
+        assert judged.sampled == list(range(step, 5, 2)) and saved == [step, *range(step + 1, 4)]
+        assert second.standing.unfinished is None
+
+    forked(body)
+
+
+def test_the_best_step_has_a_checkpoint(forked, tmp_path):
+    def body():
+        saved, losses = [], {1: 3.0, 2: 2.0, 3: 2.5, 4: 1.0}
+        found = {"evaluate": lambda done: {"eval/loss": losses[done]}, "is_eval_step": lambda done: True}
+        standing = Standing(KeepBestBlock(metric="eval/loss", larger_is_better=False))
+        one = stage([Squares(engine())], Collector(), checkpoint=saved.append, standing=standing, **found)
+        run(tmp_path / "metrics.jsonl", one)
+        assert saved == [1, 2] and standing.best == Best(4, 1.0)  # the last step is published, there or not
 
     forked(body)
