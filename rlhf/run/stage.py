@@ -20,7 +20,6 @@ from rlhf.errors import (
     UserError,
 )
 from rlhf.run import commit
-from rlhf.run.commit import Lock
 from rlhf.run.lineage import (
     PROVENANCE,
     Parent,
@@ -30,6 +29,7 @@ from rlhf.run.lineage import (
     recorded_parents,
     stale_parents,
 )
+from rlhf.run.lock import Lock, describe_holder
 from rlhf.run.opened import Mode, Opened, now
 
 PARTS = ("model", "critic", "ema")
@@ -133,7 +133,7 @@ class StageDir:
     def refuse_if_held(self) -> None:
         """Raise BusyError where another process works on the stage now; `open` looks again."""
         if (owner := self.holder()) is not None:
-            raise BusyError(f"held by {commit.describe_holder(owner)}", where=str(self.path), fix=_WAIT)
+            raise BusyError(f"held by {describe_holder(owner)}", where=str(self.path), fix=_WAIT)
 
     def _acquire(self, launcher: int | None) -> Lock:
         lock = Lock(self.lock if launcher is None else self.writer_lock)
@@ -145,11 +145,11 @@ class StageDir:
         other = Lock(self.writer_lock if launcher is None else self.lock).holder()
         if launcher is None and other is not None:
             lock.release()
-            what = f"held by {commit.describe_holder(other)}, which is still ending"
+            what = f"held by {describe_holder(other)}, which is still ending"
             raise BusyError(what, where=str(self.path), fix=fix)
         if launcher is not None and (other is None or other["pid"] != launcher):
             lock.release()
-            who = "nobody" if other is None else commit.describe_holder(other)
+            who = "nobody" if other is None else describe_holder(other)
             raise BusyError(f"expected to be held by process {launcher}, found {who}", where=str(self.path), fix=fix)
         return lock
 

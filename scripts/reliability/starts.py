@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from scripts.reliability.lab import Child, Done, Lab, differing, digest
@@ -60,7 +62,7 @@ def beside(lab: Lab, words: list[str], wanted: dict[str, str], count: int) -> No
     first.kill(signal.SIGSTOP)
     time.sleep(0.1)
     before = files(lab.root)
-    for other in [child.wait() for child in [lab.start(words) for _ in range(count)]]:
+    for other in ended([lab.start(words) for _ in range(count)]):
         refused(other, first.pids[0])
     assert files(lab.root) == before, sorted(
         path for path in before.keys() | files(lab.root).keys() if before.get(path) != files(lab.root).get(path)
@@ -73,8 +75,8 @@ def beside(lab: Lab, words: list[str], wanted: dict[str, str], count: int) -> No
 
 def at_once(lab: Lab, words: list[str], wanted: dict[str, str], count: int, dead: int | None = None) -> None:
     """Whoever is first runs to its end. dead: a process whose name the lock still has, which nobody may be told."""
-    children = [lab.start(words, before=slowed) for _ in range(count)]
-    done = {child.pids[0]: child.wait() for child in children}
+    children = [lab.start(words, before=late_to_sign) for _ in range(count)]
+    done = dict(zip([child.pids[0] for child in children], ended(children), strict=True))
     codes = sorted(each.code for each in done.values())
     assert codes == [0] + [BUSY] * (count - 1), codes
     winner = next(pid for pid, each in done.items() if each.code == 0)
@@ -83,6 +85,30 @@ def at_once(lab: Lab, words: list[str], wanted: dict[str, str], count: int, dead
         if each.code:
             refused(each, winner)
     assert not (different := differing(digest(lab.root / NAME), wanted)), different
+
+
+def late_to_sign() -> None:
+    """Time between having a lock and saying who one is."""
+    original = os.ftruncate
+
+    def late(handle: int, length: int) -> None:
+        time.sleep(0.2)
+        original(handle, length)
+
+    os.ftruncate = late
+    slowed()
+
+
+def ended(children: list[Child], timeout: float = 60.0) -> list[Done]:
+    """All of them, each with the time that it took itself."""
+    took: dict[int, float] = {}
+    deadline = time.monotonic() + timeout
+    while len(took) < len(children) and time.monotonic() < deadline:
+        for number, child in enumerate(children):
+            if number not in took and not child.is_running():
+                took[number] = time.monotonic() - child.started
+        time.sleep(0.005)
+    return [replace(child.wait(0.0), seconds=took[number]) for number, child in enumerate(children)]
 
 
 def refused(other: Done, holder: int) -> None:

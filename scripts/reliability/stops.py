@@ -24,7 +24,7 @@ import rlhf.train.stages
 import rlhf.train.supervised
 import rlhf.train.worker
 from rlhf.engine.engine import Engine
-from rlhf.run.commit import checkpoint_dirs, read_json
+from rlhf.run.commit import checkpoint_dirs, read_json, write_atomic
 from rlhf.run.rundir import RunDir
 from scripts.reliability.lab import STAGES, Child, Done, Lab, differing, digest
 from scripts.reliability.row import Tally, row
@@ -43,6 +43,7 @@ class Moment:
     function: str
     call: int = 1
     is_late: bool = False  # the result is, or may be, published: 0 is right, too
+    is_cut: bool = False  # what runs is left where it is, so that the step's row is not written
 
 
 START = [
@@ -57,14 +58,14 @@ END = [
     Moment("exit", rlhf.cli.stages, "announce", 1, is_late=True),
 ]
 BATCH = Moment("batch", rlhf.train.supervised.SupervisedCollector, "collect", 3)
-EVALUATION = Moment("evaluation", rlhf.train.stages, "evaluate", 2)
-LAST_EVALUATION = Moment("last evaluation", rlhf.train.stages, "evaluate", 3)
-SAMPLES = Moment("samples", rlhf.train.samples.SampleWriter, "__call__", 2)
+EVALUATION = Moment("evaluation", rlhf.train.stages, "evaluate", 2, is_cut=True)
+LAST_EVALUATION = Moment("last evaluation", rlhf.train.stages, "evaluate", 3, is_cut=True)
+SAMPLES = Moment("samples", rlhf.train.samples.SampleWriter, "__call__", 2, is_cut=True)
 FIRST_STEP = Moment("first step", Engine, "step", 1)
 ONLINE = [
-    Moment("rollout", rlhf.models.draw.Drawn, "draw", 60),
-    Moment("reward", rlhf.rewards.scorer.Scorer, "__call__", 3),
-    Moment("reference log-probs", rlhf.train.online.OnlineCollector, "look_at", 7),
+    Moment("rollout", rlhf.models.draw.Drawn, "draw", 60, is_cut=True),
+    Moment("reward", rlhf.rewards.scorer.Scorer, "__call__", 3, is_cut=True),
+    Moment("reference log-probs", rlhf.train.online.OnlineCollector, "look_at", 7, is_cut=True),
     SAMPLES,
     UPDATE,
     SAVE,
@@ -99,7 +100,7 @@ def asked_to_stop(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
         for number, moment in enumerate(MOMENTS[stage][:tries]):
             signals = [signal.SIGTERM] if (number + seed) % 2 else [signal.SIGINT]
             with tally.attempt(f"{stage}: {signals[0].name} at {moment.name}"):
-                stopped(lab, stage, wanted, at(lab, moment, signals), may_end=moment.is_late)
+                stopped(lab, stage, wanted, moment, signals)
         if stage == "sft":
             other_ways(lab, tally, wanted, tries)
     if tries > 1:
@@ -116,10 +117,10 @@ def other_ways(lab: Lab, tally: Tally, wanted: dict[str, str], tries: int) -> No
     moments = [UPDATE, EVALUATION, Moment("save", rlhf.train.checkpoints.Checkpoints, "save", 3), END[0]]
     for moment in moments[:tries]:
         with tally.attempt(f"sft: SIGINT twice at {moment.name}"):
-            stopped(lab, "sft", wanted, at(lab, moment, twice), may_end=moment.is_late)
+            stopped(lab, "sft", wanted, moment, twice)
     if tries > 1:
         with tally.attempt("sft: SIGHUP"):
-            stopped(lab, "sft", wanted, at(lab, UPDATE, [signal.SIGHUP]))
+            stopped(lab, "sft", wanted, UPDATE, [signal.SIGHUP])
 
 
 def straight(lab: Lab, stage: str, ranks: int = 1) -> dict[str, str]:
@@ -131,17 +132,20 @@ def straight(lab: Lab, stage: str, ranks: int = 1) -> dict[str, str]:
 
 
 def stopped(
-    lab: Lab, stage: str, wanted: dict[str, str], before: Callable[[], None], *, may_end: bool = False, ranks: int = 1
+    lab: Lab, stage: str, wanted: dict[str, str], moment: Moment, signals: list[signal.Signals], *, ranks: int = 1
 ) -> None:
-    """Start, stop at a moment, see how it ended, start again."""
+    """Start, stop at a moment (of the last rank), see how it ended, start again."""
     lab.clear(name_of(stage))
     shutil.rmtree(lab.root / "cache", ignore_errors=True)  # the reference's log-probs are computed again
     (lab.work / FIRED).unlink(missing_ok=True)
-    child = lab.start(command(lab, stage), before=before, ranks=ranks)
+    metrics = lab.root / name_of(stage) / "metrics.jsonl"
+    child = lab.start(command(lab, stage), before=at(lab.work, metrics, moment, signals, str(ranks - 1)), ranks=ranks)
     done, seconds = ended_after(lab, child)
-    assert done.code in ({STOPPED, 0} if may_end else {STOPPED}), f"exit {done.code}: {done.err}"
+    assert done.code in ({STOPPED, 0} if moment.is_late else {STOPPED}), f"exit {done.code}: {done.err}"
     assert set(child.codes.values()) == {done.code}, child.codes
     assert seconds < LIMIT_S, f"{seconds:.1f} s"
+    if moment.is_cut:
+        assert lines(metrics) == int((lab.work / FIRED).read_text()), "it went on to the end of the step"
     if done.code == STOPPED:
         assert "The same command" in done.err and "Traceback" not in done.err, done.err
         assert shown_state(lab, stage) in (None, "stopped"), shown_state(lab, stage)
@@ -199,14 +203,14 @@ def two_ranks(lab: Lab, tally: Tally) -> None:
     for stage, moment in (("grpo", ONLINE[0]), ("grpo", ONLINE[2]), ("sft", EVALUATION)):
         with tally.attempt(f"{stage} on two ranks: SIGTERM to the second at {moment.name}"):
             wanted = straight(lab, stage, ranks=2)
-            stopped(lab, stage, wanted, at(lab, moment, [signal.SIGTERM], rank="1"), ranks=2)
+            stopped(lab, stage, wanted, moment, [signal.SIGTERM], ranks=2)
 
 
 # --- in the child -----------------------------------------------------------------------------------------------------
 
 
-def at(lab: Lab, moment: Moment, signals: list[signal.Signals], rank: str = "0") -> Callable[[], None]:
-    """Has the process send itself signals at a moment."""
+def at(work: Path, metrics: Path, moment: Moment, signals: list[signal.Signals], rank: str = "0") -> Callable[[], None]:
+    """Has the process send itself signals at a moment, and note how many rows its log has then."""
 
     def prepare() -> None:
         if os.environ.get("RANK", "0") != rank:
@@ -215,7 +219,7 @@ def at(lab: Lab, moment: Moment, signals: list[signal.Signals], rank: str = "0")
 
         def wrapped(*args: Any, **options: Any) -> Any:
             if next(calls) == moment.call:
-                (lab.work / FIRED).touch()
+                write_atomic(work / FIRED, str(lines(metrics)))
                 for number in signals:
                     os.kill(os.getpid(), number)
                     time.sleep(0.01)  # the interpreter takes a signal between two of its instructions
@@ -224,6 +228,11 @@ def at(lab: Lab, moment: Moment, signals: list[signal.Signals], rank: str = "0")
         setattr(moment.owner, moment.function, wrapped)
 
     return prepare
+
+
+def lines(log: Path) -> int:
+    """Rows of a log."""
+    return log.read_text().count("\n") if log.exists() else 0
 
 
 def slowed() -> None:

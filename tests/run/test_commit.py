@@ -1,12 +1,15 @@
 """Files and folders that land whole or not at all."""
 
+import fcntl
 import itertools
 import json
 import os
 import resource
 import signal
+import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +17,7 @@ import pytest
 
 from rlhf.errors import BusyError, CheckpointError, ResourceError, UnsafeError
 from rlhf.run import commit
+from rlhf.run.lock import Lock
 
 InChild = Callable[[Callable[[], object]], int]
 DiesBefore = Callable[[int, Callable[[], object]], bool]
@@ -303,12 +307,19 @@ def test_rotation_keeps_the_newest_complete_ones(folder: Path) -> None:
     assert len(commit.checkpoint_dirs(folder)) == 3  # nothing complete: nothing is deleted
 
 
+def test_some_checkpoints_stay_however_old(folder: Path) -> None:
+    for step in (1, 2, 3, 4):
+        save(folder, step)
+    commit.rotate(folder, keep=1, also=[folder / commit.step_name(2), folder / commit.step_name(9)])
+    assert [commit.step_number(path) for path in commit.checkpoint_dirs(folder)] == [2, 4]
+
+
 # ---- lock ------------------------------------------------------------------------------------------------------------
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf.run.commit import Lock
+from rlhf.run.lock import Lock
 Lock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -316,7 +327,7 @@ time.sleep(60)
 
 
 def test_a_second_process_is_refused_at_once_and_a_dead_one_is_forgotten(folder: Path) -> None:
-    lock = commit.Lock(folder / "new" / ".sft.lock")
+    lock = Lock(folder / "new" / ".sft.lock")
     assert lock.holder() is None
     command = [sys.executable, "-c", HOLD, str(lock.path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
@@ -328,7 +339,7 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_is_forgotten(folder:
         other.send_signal(signal.SIGKILL)
     assert lock.holder() is None
     lock.acquire()
-    again = commit.Lock(lock.path)
+    again = Lock(lock.path)
     with pytest.raises(BusyError, match=f"process {os.getpid()}"):
         again.acquire()
     lock.release()
@@ -340,16 +351,44 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_is_forgotten(folder:
 def test_a_lock_file_with_anything_in_it_is_no_obstacle(folder: Path) -> None:
     path = folder / ".sft.lock"
     path.write_text("garbage")
-    lock = commit.Lock(path)
+    lock = Lock(path)
     lock.acquire()
     path.write_text("[")
     with pytest.raises(BusyError, match="process None"):
-        commit.Lock(path).acquire()
+        Lock(path).acquire()
+    lock.release()
+
+
+def test_nobody_is_told_of_a_process_that_is_gone(folder: Path) -> None:
+    path = folder / ".sft.lock"
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    note = {"pid": gone.pid, "host": socket.gethostname(), "since": "earlier"}
+    path.write_text(json.dumps(note))
+    with path.open() as file:  # somebody has the lock, whose note comes later
+        fcntl.flock(file, fcntl.LOCK_EX)
+        later = threading.Timer(0.3, lambda: path.write_text(json.dumps({**note, "pid": os.getpid()})))
+        later.start()
+        with pytest.raises(BusyError, match=f"held by process {os.getpid()} "):
+            Lock(path).acquire()
+        holder = Lock(path).holder()
+        assert holder is not None and holder["pid"] == os.getpid()
+        later.join()
+
+
+def test_who_only_looks_is_nobody(folder: Path) -> None:
+    path = folder / ".sft.lock"
+    path.write_text(json.dumps({"pid": 2**30, "host": socket.gethostname(), "since": "earlier"}))
+    with path.open() as file:
+        fcntl.flock(file, fcntl.LOCK_SH)
+        threading.Timer(0.3, lambda: fcntl.flock(file, fcntl.LOCK_UN)).start()
+        lock = Lock(path)
+        lock.acquire()
     lock.release()
 
 
 def test_a_lock_is_not_taken_through_a_link(folder: Path) -> None:
     (folder / ".sft.lock").symlink_to(folder / "elsewhere")
     with pytest.raises(UnsafeError):
-        commit.Lock(folder / ".sft.lock").acquire()
+        Lock(folder / ".sft.lock").acquire()
     assert not (folder / "elsewhere").exists()
