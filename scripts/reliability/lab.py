@@ -57,6 +57,7 @@ class Child:
     folder: Path
     started: float = field(default_factory=time.monotonic)
     codes: dict[int, int] = field(default_factory=dict)
+    own_seconds: float = 0.0  # that those which have ended have computed
 
     def kill(self, number: int = signal.SIGKILL, rank: int | None = None) -> None:
         """Send a signal to all ranks, or to one."""
@@ -68,8 +69,9 @@ class Child:
         """Whether any process of it is left."""
         for pid in self.pids:
             if pid not in self.codes:
-                ended, status = os.waitpid(pid, os.WNOHANG)
+                ended, status, usage = os.wait4(pid, os.WNOHANG)
                 if ended:
+                    self.own_seconds += usage.ru_utime + usage.ru_stime
                     self.codes[pid] = os.waitstatus_to_exitcode(status)
         return len(self.codes) < len(self.pids)
 
@@ -169,6 +171,8 @@ def _become(words: list[str], folder: Path, rank: int, before: Callable[[], obje
     try:
         for number, name in ((1, "out"), (2, "err")):
             os.dup2(os.open(folder / f"{name}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        # The parent's streams need not be 1 and 2: a test runner puts others in their place.
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, encoding="utf-8", closefd=False) for number in (1, 2))
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         os.chdir(ROOT)

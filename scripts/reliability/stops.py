@@ -94,8 +94,8 @@ MOMENTS = {
     alone=True,
 )
 def asked_to_stop(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
-    """tries: moments per stage. With few, only some of the other ways to ask are tried."""
-    for stage in STAGES:
+    """tries: moments per stage. One is for a quick look: at three stages, and few of the other ways to ask."""
+    for stage in STAGES if tries > 1 else ("sft", "ppo", "dpo"):
         wanted = straight(lab, stage)
         for number, moment in enumerate(MOMENTS[stage][:tries]):
             signals = [signal.SIGTERM] if (number + seed) % 2 else [signal.SIGINT]
@@ -109,8 +109,6 @@ def asked_to_stop(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
 
 def other_ways(lab: Lab, tally: Tally, wanted: dict[str, str], tries: int) -> None:
     """What is not a first signal."""
-    with tally.attempt("sft: max_minutes, again and again"):
-        out_of_time(lab, wanted)
     with tally.attempt("sft: a file STOP"):
         asked_by_file(lab, wanted)
     twice = [signal.SIGINT, signal.SIGINT]
@@ -119,6 +117,8 @@ def other_ways(lab: Lab, tally: Tally, wanted: dict[str, str], tries: int) -> No
         with tally.attempt(f"sft: SIGINT twice at {moment.name}"):
             stopped(lab, "sft", wanted, moment, twice)
     if tries > 1:
+        with tally.attempt("sft: max_minutes, again and again"):
+            out_of_time(lab, wanted)
         with tally.attempt("sft: SIGHUP"):
             stopped(lab, "sft", wanted, UPDATE, [signal.SIGHUP])
 
