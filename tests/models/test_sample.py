@@ -8,7 +8,7 @@ import torch
 from transformers import MambaConfig, MambaForCausalLM
 
 from rlhf.batch import Prompts
-from rlhf.errors import CheckpointError, RecipeError
+from rlhf.errors import CheckpointError, RecipeError, StoppedError
 from rlhf.models import cpu_decoder, sample
 from rlhf.models.build import add_lora
 from rlhf.models.decoding import decoding_weights
@@ -27,10 +27,12 @@ def prompts(ragged) -> Prompts:
     return Prompts(ids, attention, [{"row": i} for i in range(len(ids))])
 
 
-def answer(policy, prompts, *, answers=1, seeds=None, stop_ids=STOP, decode=str, slots=64, **options):
+def answer(
+    policy, prompts, *, answers=1, seeds=None, stop_ids=STOP, decode=str, slots=64, poll=lambda: None, **options
+):
     seeds = list(range(len(prompts) * answers)) if seeds is None else seeds
     sampling = SamplingBlock(**{"max_new_tokens": 20, **options})
-    common = {"stop_ids": stop_ids, "pad_id": 0, "seeds": seeds, "decode": decode, "slots": slots}
+    common = {"stop_ids": stop_ids, "pad_id": 0, "seeds": seeds, "decode": decode, "slots": slots, "poll": poll}
     return sample.generate(policy, prompts, answers=answers, sampling=sampling, **common)
 
 
@@ -320,3 +322,19 @@ def test_weights_of_the_right_dtype_are_shared(tiny):
     own = list(map(id, plain.parameters()))
     with decoding_weights(plain, None, pack=False):
         assert list(map(id, plain.parameters())) == own
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_sampling_ends_at_once_where_poll_says_so(tiny, family, prompts):
+    policy, polled = PolicyModule(tiny(family)), []
+
+    def poll() -> None:
+        polled.append(None)
+        if len(polled) == 3:
+            raise StoppedError("stopped")
+
+    with pytest.raises(StoppedError):
+        answer(policy, prompts, poll=poll, max_new_tokens=12, stop_ids=[])
+    assert len(polled) == 3
+    free = answer(PolicyModule(tiny(family)), prompts)
+    assert torch.equal(answer(policy, prompts).ids, free.ids)  # the policy is as it was

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import ServiceError
+from rlhf.errors import ServiceError, StoppedError
 from rlhf.rewards import http
 from rlhf.rewards.http import check_reachable, http_scores
 
@@ -236,3 +236,14 @@ def test_pauses_double_up_to_a_bound(service: Service, monkeypatch: pytest.Monke
 def test_http_needs_no_torch() -> None:
     code = "import sys, rlhf.rewards.http; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_nobody_waits_for_a_service_when_asked_to_stop(service: Service) -> None:
+    def poll() -> None:
+        if service.asked:
+            raise StoppedError("stopped")
+
+    started = time.monotonic()
+    with pytest.raises(StoppedError):
+        ask(service, ["a"] * 9, poll=poll)
+    assert len(service.asked) == 1 and time.monotonic() - started < 5.0
