@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from rlhf.run.commit import Lock
+from rlhf.run.lock import Lock
 
 GOOD = '{"prompt": "hello", "completion": "world"}\n'
 STRICT = """{% for m in messages %}{% if m.role == "system" %}{{ raise_exception("no system") }}{% endif %}\

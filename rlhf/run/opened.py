@@ -18,7 +18,7 @@ from rlhf.errors import (
     UnsafeError,
 )
 from rlhf.run import commit
-from rlhf.run.commit import Lock
+from rlhf.run.lock import Lock
 
 if TYPE_CHECKING:  # the folder opens itself: at run time only it knows this file
     from rlhf.run.stage import StageDir

@@ -7,9 +7,12 @@ that --restart can move the folder away.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from rlhf.errors import (
     UserError,
 )
 from rlhf.run import commit
-from rlhf.run.commit import Lock
+from rlhf.run.disk import PRIVATE_FILE, make_private, refuse_foreign
 from rlhf.run.lineage import (
     PROVENANCE,
     Parent,
@@ -30,6 +33,7 @@ from rlhf.run.lineage import (
     recorded_parents,
     stale_parents,
 )
+from rlhf.run.lock import Lock, describe_holder
 from rlhf.run.opened import Mode, Opened, now
 
 PARTS = ("model", "critic", "ema")
@@ -67,6 +71,25 @@ class StageSummary:
     reason: str | None
     started: float | None
     ended: float | None
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt: private, never through a link; where the disk takes no more, that is said once on the screen."""
+
+    _is_silent = False
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(self.baseFilename, flags, PRIVATE_FILE)
+        return os.fdopen(handle, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        if not self._is_silent:
+            self._is_silent = True
+            print(f"{self.baseFilename} takes no more lines: {error.strerror}", file=sys.stderr, flush=True)
 
 
 class StageDir:
@@ -126,10 +149,15 @@ class StageDir:
             raise
         return Opened(self, mode, checkpoint, lock, is_new=is_new, aside=aside)
 
+    def refuse_foreign(self) -> None:
+        """Raise UnsafeError where the run directory or the stage belongs to another user."""
+        for path in (self.root, self.path):
+            refuse_foreign(path)
+
     def refuse_if_held(self) -> None:
         """Raise BusyError where another process works on the stage now; `open` looks again."""
         if (owner := self.holder()) is not None:
-            raise BusyError(f"held by {commit.describe_holder(owner)}", where=str(self.path), fix=_WAIT)
+            raise BusyError(f"held by {describe_holder(owner)}", where=str(self.path), fix=_WAIT)
 
     def _acquire(self, launcher: int | None) -> Lock:
         lock = Lock(self.lock if launcher is None else self.writer_lock)
@@ -141,11 +169,11 @@ class StageDir:
         other = Lock(self.writer_lock if launcher is None else self.lock).holder()
         if launcher is None and other is not None:
             lock.release()
-            what = f"held by {commit.describe_holder(other)}, which is still ending"
+            what = f"held by {describe_holder(other)}, which is still ending"
             raise BusyError(what, where=str(self.path), fix=fix)
         if launcher is not None and (other is None or other["pid"] != launcher):
             lock.release()
-            who = "nobody" if other is None else commit.describe_holder(other)
+            who = "nobody" if other is None else describe_holder(other)
             raise BusyError(f"expected to be held by process {launcher}, found {who}", where=str(self.path), fix=fix)
         return lock
 
@@ -159,7 +187,7 @@ class StageDir:
 
     def _create(self, inputs: dict[str, Any]) -> tuple[Mode, None]:
         with commit.disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_private(self.path)
             commit.fsync_path(self.path.parent)
         if foreign := [p.name for p in self.path.iterdir() if not p.name.startswith(commit.TEMPORARY)]:
             what = f"expected a stage folder or nothing, found {', '.join(sorted(foreign)[:3])}, which no stage wrote"
@@ -256,7 +284,7 @@ class StageDir:
     def log_handler(self) -> logging.FileHandler:
         """A handler that appends to log.txt, tracebacks included."""
         with commit.disk(self.log):
-            handler = logging.FileHandler(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
+            handler = _LogFile(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         return handler
 
@@ -285,14 +313,13 @@ class StageDir:
         }
         with commit.disk(self.path):
             files |= {path.name: commit.seal_file(path) for path in plain_files}
-        with commit.disk(self.path):
             for part in PARTS:
                 if (self.path / part).exists():  # renamed by a publication that was interrupted before its manifest
                     commit.remove_dir(self.path / part)
             for part, folder in exported.items():
                 folder.rename(self.path / part)
             commit.fsync_path(self.path)
-        manifest = commit.plain(
+        manifest = commit.sealed(
             {
                 "stage": self.read_status()["stage"],
                 "name": self.name,
@@ -305,7 +332,7 @@ class StageDir:
         )
         commit.write_json(self.manifest, manifest)
         self.write_status(state="finished", ended=now(), exit_reason=None)
-        return dict(manifest)
+        return manifest
 
     def is_finished(self) -> bool:
         """Whether the stage has published its result."""

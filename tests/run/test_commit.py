@@ -14,6 +14,7 @@ import pytest
 
 from rlhf.errors import BusyError, CheckpointError, ResourceError, UnsafeError
 from rlhf.run import commit
+from rlhf.run.lock import Lock
 
 InChild = Callable[[Callable[[], object]], int]
 DiesBefore = Callable[[int, Callable[[], object]], bool]
@@ -75,7 +76,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(folder: Path, in_child: InCh
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        with pytest.raises(ResourceError, match="MiB left"):
+        with pytest.raises(ResourceError, match="1,000 bytes needed"):
             commit.write_atomic(path, "x" * 1000)
 
     assert in_child(fill) == 0
@@ -308,7 +309,7 @@ def test_rotation_keeps_the_newest_complete_ones(folder: Path) -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from rlhf.run.commit import Lock
+from rlhf.run.lock import Lock
 Lock(Path(sys.argv[1])).acquire()
 print("held", flush=True)
 time.sleep(60)
@@ -316,7 +317,7 @@ time.sleep(60)
 
 
 def test_a_second_process_is_refused_at_once_and_a_dead_one_is_forgotten(folder: Path) -> None:
-    lock = commit.Lock(folder / "new" / ".sft.lock")
+    lock = Lock(folder / "new" / ".sft.lock")
     assert lock.holder() is None
     command = [sys.executable, "-c", HOLD, str(lock.path)]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
@@ -328,7 +329,7 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_is_forgotten(folder:
         other.send_signal(signal.SIGKILL)
     assert lock.holder() is None
     lock.acquire()
-    again = commit.Lock(lock.path)
+    again = Lock(lock.path)
     with pytest.raises(BusyError, match=f"process {os.getpid()}"):
         again.acquire()
     lock.release()
@@ -340,16 +341,16 @@ def test_a_second_process_is_refused_at_once_and_a_dead_one_is_forgotten(folder:
 def test_a_lock_file_with_anything_in_it_is_no_obstacle(folder: Path) -> None:
     path = folder / ".sft.lock"
     path.write_text("garbage")
-    lock = commit.Lock(path)
+    lock = Lock(path)
     lock.acquire()
     path.write_text("[")
     with pytest.raises(BusyError, match="process None"):
-        commit.Lock(path).acquire()
+        Lock(path).acquire()
     lock.release()
 
 
 def test_a_lock_is_not_taken_through_a_link(folder: Path) -> None:
     (folder / ".sft.lock").symlink_to(folder / "elsewhere")
     with pytest.raises(UnsafeError):
-        commit.Lock(folder / ".sft.lock").acquire()
+        Lock(folder / ".sft.lock").acquire()
     assert not (folder / "elsewhere").exists()
