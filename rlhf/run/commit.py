@@ -323,6 +323,7 @@ def remove_dir(folder: Path) -> None:
     temporary = folder.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-removed")
     with disk(folder):
         os.rename(folder, temporary)
+        fsync_path(folder.parent)  # first the name: else a power cut may bring it back without its files
         shutil.rmtree(temporary)
 
 
@@ -351,11 +352,16 @@ def step_number(checkpoint: Path) -> int:
 def checkpoint_dirs(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest step first, complete or not."""
     try:
+        return _listed(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
         names = os.listdir(folder)  # a glob takes a folder that cannot be read for an empty one
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error
     return sorted((folder / name for name in names if _STEP.fullmatch(name)), key=step_number)
 
 
@@ -391,8 +397,10 @@ def rotate(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
 
     Call it after a commit, never before. The newest complete one stays whatever `keep` is.
     """
+    with disk(folder):
+        found = _listed(folder)
     complete = []
-    for path in reversed(checkpoint_dirs(folder)):
+    for path in reversed(found):
         try:
             verify(path, hash_limit=0)
             complete.append(path)
@@ -401,7 +409,7 @@ def rotate(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
     if complete:
         oldest_kept = step_number(complete[: max(keep, 1)][-1])
         spared = {path.name for path in also if path.resolve().parent == folder.resolve()}
-        for path in checkpoint_dirs(folder):
+        for path in found:
             if step_number(path) < oldest_kept and path.name not in spared:
                 remove_dir(path)
 
@@ -411,11 +419,13 @@ def make_room(folder: Path, also: Collection[Path] = ()) -> list[str]:
 
     What interrupted writers left, damaged checkpoints, and all but the newest complete one and `also`.
     """
-    before = set(os.listdir(folder)) if folder.is_dir() else set()
-    remove_temporaries(folder)
-    for name in before:
-        if name.startswith(_DAMAGED):
-            with disk(folder / name):
+    if not folder.is_dir():
+        return []
+    with disk(folder):
+        before = set(os.listdir(folder))
+        for name in before:
+            if name.startswith(_DAMAGED):
                 _remove(folder / name)
-    rotate(folder, 1, also)
-    return sorted(before - set(os.listdir(folder))) if before else []
+        remove_temporaries(folder)
+        rotate(folder, 1, also)
+        return sorted(before - set(os.listdir(folder)))
