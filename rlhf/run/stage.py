@@ -11,6 +11,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
@@ -82,6 +83,10 @@ class _LogFile(logging.FileHandler):
         flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         handle = os.open(self.baseFilename, flags, PRIVATE_FILE)
         return os.fdopen(handle, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
+
+    def close(self) -> None:
+        with suppress(OSError):  # of lines that were refused before; told then
+            super().close()
 
     def handleError(self, record: logging.LogRecord) -> None:
         error = sys.exc_info()[1]

@@ -1,6 +1,6 @@
 """All rows: importing this module enters every scenario."""
 
-from scripts.reliability import crashes, kills
+from scripts.reliability import crashes, damage, full_disk, kills, places
 from scripts.reliability.row import ROWS
 
-__all__ = ["ROWS", "crashes", "kills"]
+__all__ = ["ROWS", "crashes", "damage", "full_disk", "kills", "places"]
