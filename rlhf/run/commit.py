@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import CheckpointError, UnsafeError
+from rlhf.run.content import READERS
+from rlhf.run.content import check_hashes as check_hashes
+from rlhf.run.content import hash_file as hash_file
+from rlhf.run.content import list_files as list_files
 from rlhf.run.disk import PRIVATE_FILE, PRIVATE_FOLDER, tree_bytes
 from rlhf.run.disk import disk as disk
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
 SMALL_FILE = 32 * 2**20  # bytes; up to here a quick check hashes, beyond it only compares sizes
-_CHUNK = 4 * 2**20
-_READERS = 4  # files that are hashed at a time
 _SEAL = "seal"
 _DAMAGED = "damaged-"
 _STEP = re.compile(r"step-(\d{6,})")
@@ -163,39 +165,9 @@ def cut_jsonl(path: Path, step: int) -> None:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below a folder, sorted. Links and special files are refused: they lead elsewhere."""
-    names: list[str] = []
-    if not folder.exists():
-        return names
-    for parent, folders, files in os.walk(folder, onerror=_raise):
-        for name in folders + files:
-            path = Path(parent, name)
-            if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                what = "expected plain files and folders, found a link or special file"
-                raise UnsafeError(what, where=str(path), fix="Put the file itself there.")
-            if path.is_file():
-                names.append(path.relative_to(folder).as_posix())
-    return sorted(names)
-
-
-def _raise(error: OSError) -> None:
-    """Of a folder that cannot be listed: by itself `os.walk` takes it for an empty one."""
-    raise error
-
-
 def seal(folder: Path) -> dict[str, dict[str, Any]]:
     """Force every file of a folder to the disk. Returns name -> {size, sha256}. Several files are read at a time."""
-    with disk(folder, tree_bytes(folder)), ThreadPoolExecutor(max_workers=_READERS) as pool:
+    with disk(folder, tree_bytes(folder)), ThreadPoolExecutor(max_workers=READERS) as pool:
         names = list_files(folder)
         table = dict(zip(names, pool.map(lambda name: seal_file(folder / name), names), strict=True))
         for parent in {(folder / name).parent for name in names} | {folder}:
@@ -287,22 +259,6 @@ def _verified(folder: Path, hash_limit: int | None, parts: tuple[str, ...]) -> d
                 raise CheckpointError("expected only files of the manifest, found another", where=str(path))
     check_hashes(folder, {n: e for n, e in files.items() if hash_limit is None or e["size"] <= hash_limit})
     return manifest
-
-
-def check_hashes(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """Raise CheckpointError naming a file of a manifest's table whose content is not what was written."""
-
-    def look(name: str) -> None:
-        try:
-            found = hash_file(folder / name)
-        except OSError as error:
-            raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder / name)) from error
-        if found != files[name]["sha256"]:
-            what = "expected the content that was written, found a changed file"
-            raise CheckpointError(what, where=str(folder / name))
-
-    with ThreadPoolExecutor(max_workers=_READERS) as pool:
-        list(pool.map(look, files))
 
 
 def manifest_files(folder: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:

@@ -14,6 +14,9 @@ from rlhf.errors import BusyError, CheckpointError
 from rlhf.run.commit import disk, read_json
 from rlhf.run.disk import PRIVATE_FILE, make_private
 
+_AT_LEAST = 3  # tries: `holder` of another process may have the lock for an instant
+_PAUSES = (0.02, 0.05, *[0.1] * 9)  # seconds between tries, as long as the note tells of no living process
+
 
 class Lock:
     """An advisory lock on a file, held by one process and gone with it. The file tells others who holds it."""
@@ -28,13 +31,7 @@ class Lock:
             make_private(self.path.parent)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             handle = os.open(self.path, flags, PRIVATE_FILE)
-            for pause in (0.02, 0.05, 0.0):  # `holder` of another process may have it for an instant
-                try:
-                    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    time.sleep(pause)
-            else:
+            if not self._take(handle):
                 os.close(handle)
                 raise BusyError(f"held by {describe_holder(self._read())}", where=str(self.path))
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -55,12 +52,28 @@ class Lock:
         except OSError:
             return None
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return None
-        except BlockingIOError:
-            return self._read()
+            return None if self._try(handle, fcntl.LOCK_SH, at_least=1) else self._read()
         finally:
             os.close(handle)
+
+    def _take(self, handle: int) -> bool:
+        return self._try(handle, fcntl.LOCK_EX, _AT_LEAST)
+
+    def _try(self, handle: int, kind: int, at_least: int) -> bool:
+        """Take it, shared or not, unless a living process has it.
+
+        Between the lock and the note stands what an earlier holder wrote, or nothing: whoever comes then waits for the
+        note, so that nobody is told of a process that is gone.
+        """
+        for number, pause in enumerate((*_PAUSES, 0.0), 1):
+            try:
+                fcntl.flock(handle, kind | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if number >= at_least and _is_alive(self._read()):
+                    return False
+            time.sleep(pause)
+        return False
 
     def _read(self) -> dict[str, Any]:
         try:
@@ -73,3 +86,10 @@ class Lock:
 def describe_holder(owner: dict[str, Any]) -> str:
     """One phrase: which process, where, since when."""
     return f"process {owner['pid']} on {owner['host']} since {owner['since']}"
+
+
+def _is_alive(owner: dict[str, Any]) -> bool:
+    """Whether a note may be that of the holder: of another machine nothing is known."""
+    if owner["host"] != socket.gethostname():
+        return owner["pid"] is not None
+    return isinstance(owner["pid"], int) and Path(f"/proc/{owner['pid']}").exists()

@@ -63,10 +63,11 @@ def check_parents(job: Job) -> None:
     if isinstance(job.recipe, OnlineRecipe) and job.recipe.share_base:
         base = Path(plan(job).source).parent
         folders |= {base} if (base / commit.MANIFEST).is_file() else set()
-    dist.agreed(lambda: [_check_published(folder) for folder in sorted(folders)])
+    dist.agreed(lambda: [check_published(folder) for folder in sorted(folders)])
 
 
-def _check_published(folder: Path) -> None:
+def check_published(folder: Path) -> None:
+    """Look at this rank's share of a published stage's big files, and at all that is small."""
     files = commit.verify(folder, parts=PARTS)["files"]
     big = {name: entry for name, entry in files.items() if entry["size"] > commit.SMALL_FILE}
     try:

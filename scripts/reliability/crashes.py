@@ -116,7 +116,7 @@ def sweep(lab: Lab, tally: Tally, sizes: list[dict[str, int]], faults: list[str]
                         check_end(said, folder, fault)
                         check_state(folder, each, said)
             tally.remark(f"{len(names)} calls in a save of {sum(each.values()):,} bytes")
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def begin(folder: Path, sizes: dict[str, int]) -> None:
@@ -180,12 +180,13 @@ def killed_at_every_call(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     expected="the same; exit 7 with the bytes that are needed and free",
     asked="every call, 3 sizes",
     quick=1,
-    full=3,
+    full=6,
 )
 def refused_at_every_call(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
-    """tries: sizes of a save."""
+    """tries: sizes of a save, first without space, then with input/output errors."""
     if _traced(tally):
-        sweep(lab, tally, SIZES[:tries], ["error=ENOSPC", "error=EIO"])
+        sweep(lab, tally, SIZES[:tries], ["error=ENOSPC"])
+        sweep(lab, tally, SIZES[: max(tries - len(SIZES), 0)], ["error=EIO"])
 
 
 @row(

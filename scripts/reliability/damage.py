@@ -131,7 +131,7 @@ def is_harmless(folder: Path, before: dict[str, object]) -> bool:
     "a file of a checkpoint or of a published parent cut, with a flipped bit, gone, swapped, of another step, edited",
     expected="found before a weight is used, the file named; an older checkpoint is used, bit-identical end, or exit 4",
     asked="500",
-    quick=60,
+    quick=24,
     full=600,
 )
 def damaged(lab: Lab, tally: Tally, tries: int, seed: int) -> None:

@@ -16,7 +16,7 @@ from scripts.reliability.lab import Lab, differing, digest
 from scripts.reliability.mounts import apart, small_disk
 from scripts.reliability.row import Tally, row
 
-_STAGES = ("dpo", "ppo", "sft")
+_CASES = (("dpo", 1), ("ppo", 1), ("sft", 1), ("sft", 2))  # stage, ranks
 _DISK = 64 * 2**20
 _AMOUNTS = re.compile(r"([\d,]+) bytes needed, ([\d,]+) free")
 _SPARE = 200_000  # bytes that are left at most where a moment is chosen by what is free
@@ -51,29 +51,37 @@ def fill(disk: Path, left: int) -> Path:
     full=20,
 )
 def full_disk(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
-    """tries: runs, over three stages, the last with two ranks where there are ten or more."""
+    """tries: runs, over three stages and, where there are as many, two ranks."""
     straight = {}
-    for stage in _STAGES[:tries]:
-        words = lab.command(stage, "--name", f"r8-{stage}")
-        assert (done := lab.run(words, before=keep_all_tokens)).code == 0, done.err
-        straight[stage] = digest(lab.root / f"r8-{stage}")
+    for case in _CASES[:tries]:
+        words = lab.command(case[0], "--name", named(case))
+        assert (done := lab.run(words, ranks=case[1], before=keep_all_tokens)).code == 0, done.err
+        straight[case] = digest(lab.root / named(case))
     apart(tally, lambda own: fill_up(lab, own, tries, random.Random(seed), straight))
-    for stage in straight:
-        lab.clear(f"r8-{stage}")
+    for case in straight:
+        lab.clear(named(case))
 
 
-def fill_up(lab: Lab, tally: Tally, tries: int, draw: random.Random, straight: dict[str, dict[str, str]]) -> None:
+Case = tuple[str, int]
+
+
+def named(case: Case) -> str:
+    """The name of a case's stage folder."""
+    return f"r8-{case[0]}{case[1]}"
+
+
+def fill_up(lab: Lab, tally: Tally, tries: int, draw: random.Random, straight: dict[Case, dict[str, str]]) -> None:
     """Every try on an empty disk that holds a run directory with the parents."""
     disk = lab.work / "small"
     places: Counter[str] = Counter()
     for number in range(tries):
-        stage = list(straight)[number % len(straight)]
+        case = list(straight)[number % len(straight)]
         small_disk(disk, _DISK)
         root = disk / "run"
         root.mkdir()
         for parent in ("sft", "rm"):
             shutil.copytree(lab.root / parent, root / parent)
-        full_once(lab, tally, (stage, number), root, draw, straight[stage], places)
+        full_once(lab, tally, (case, number), root, draw, straight[case], places)
         os.system(f"umount -l '{disk}'")
     tally.remark("full at: " + ", ".join(f"{place} {count}" for place, count in sorted(places.items())))
 
@@ -81,23 +89,23 @@ def fill_up(lab: Lab, tally: Tally, tries: int, draw: random.Random, straight: d
 def full_once(
     lab: Lab,
     tally: Tally,
-    which: tuple[str, int],
+    which: tuple[Case, int],
     root: Path,
     draw: random.Random,
     wanted: dict[str, str],
     places: Counter[str],
 ) -> None:
     """A disk that becomes full, the end of the command, and the same command with room again."""
-    stage, number = which
-    name, disk = f"r8-{stage}", root.parent
+    case, number = which
+    (stage, ranks), name, disk = case, named(case), root.parent
     words = lab.command(stage, "--name", name, root=root)
     # At the start a little is left, so that tokens or the first files do not fit; or all is gone after some steps, the
     # last of them before the export.
-    after = None if number % 2 else draw.choice([1, 2, 4, 6 if stage != "ppo" else 4])
+    after = None if number // len(_CASES) % 2 else draw.choice([1, 2, 4, 6 if stage != "ppo" else 4])
     left = draw.randrange(_SPARE) if after is None else 0
     with tally.attempt(f"{name} with {left} bytes left, after step {after}"):
         filler = fill(disk, left) if after is None else disk / "filler"
-        child = lab.start(words, before=keep_all_tokens)
+        child = lab.start(words, ranks=ranks, before=keep_all_tokens)
         if after is not None and child.until(lambda: progress(root / name) >= after):
             fill(disk, left)
         done = child.wait()
@@ -112,7 +120,7 @@ def full_once(
         if commit.checkpoint_dirs(checkpoints):
             assert commit.newest_checkpoint(checkpoints, hash_limit=None)
         filler.unlink(missing_ok=True)
-        again = lab.run(words, before=keep_all_tokens)
+        again = lab.run(words, ranks=ranks, before=keep_all_tokens)
         assert again.code == 0, again.err[-1500:]
         assert not (different := differing(digest(root / name), wanted)), different
 

@@ -11,6 +11,7 @@ import os
 import random
 import stat
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,13 +56,15 @@ class Journal:
     @classmethod
     def recorded(cls, folder: Path, action: Callable[[], object]) -> Journal:
         """Run an action in this process. All that is there before counts as durable."""
-        journal, real, is_looking = cls(folder.stat().st_ino, Seen.now(folder)), os.fsync, [False]
+        journal, real = cls(folder.stat().st_ino, Seen.now(folder)), os.fsync
+        one_at_a_time, looking = threading.Lock(), [0]
 
         def look(forced: int | None = None) -> None:
-            if not is_looking[0]:
-                is_looking[0] = True
-                journal.events.append((Seen.now(folder), forced))
-                is_looking[0] = False
+            if looking[0] != threading.get_ident():  # looking opens files, too
+                with one_at_a_time:
+                    looking[0] = threading.get_ident()
+                    journal.events.append((Seen.now(folder), forced))
+                    looking[0] = 0
 
         def fsync(handle: int) -> None:
             real(handle)

@@ -23,7 +23,7 @@ from rlhf.run.disk import tree_bytes
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
 from rlhf.train.checkpoints import Checkpoints, Running, load_checkpoint
-from rlhf.train.sound import sound_checkpoint
+from rlhf.train.sound import check_published, sound_checkpoint
 
 
 def engines(stage: int = 2, seed: int = 0) -> dict[str, Engine]:
@@ -229,6 +229,28 @@ def test_only_a_checkpoint_that_is_whole_to_the_last_bit_is_used(forked, tmp_pat
         assert caplog.text.count("mp_rank_00_model_states") == len(damaged)
         save(stage, Running(both), 4, keep=1)
         assert [path.name for path in commit.checkpoint_dirs(stage.checkpoints)] == ["step-000004"]
+
+    forked(body)
+
+
+def test_a_bit_of_a_big_file_of_a_parent_is_found_before_its_weights_are_used(forked, tmp_path):
+    """The look at a parent before anything is imported reads small files only."""
+
+    def body():
+        stage = RunDir(tmp_path).stage("sft")
+        stage.path.mkdir()
+        commit.write_json(stage.provenance, {})
+        big = stage.export_dir("model") / "model.safetensors"
+        with big.open("wb") as file:
+            file.truncate(commit.SMALL_FILE + 1)
+        stage.publish("policy", {}, 1)
+        check_published(stage.path)
+        with (stage.model / big.name).open("r+b") as file:
+            file.seek(commit.SMALL_FILE // 2)
+            file.write(b"\x01")
+        stage.read_manifest()
+        with pytest.raises(CheckpointError, match="model.safetensors: expected the content that was written"):
+            check_published(stage.path)
 
     forked(body)
 
