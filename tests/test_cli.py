@@ -42,6 +42,8 @@ EXIT_CODES = {
     "NumericsError": 5,
     "BusyError": 6,
     "ResourceError": 7,
+    "NoRoomError": 7,
+    "FailingDiskError": 7,
     "ServiceError": 8,
     "UnsafeError": 9,
     "WorkerLostError": 10,
