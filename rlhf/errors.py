@@ -7,6 +7,8 @@
     |- NumericsError             exit 5   a loss, gradient or invariant that must not be trained on
     |- BusyError                 exit 6   another process holds the stage folder
     |- ResourceError             exit 7   disk or memory
+    |  |- NoRoomError                     a full disk or an exhausted quota
+    |  `- FailingDiskError                a disk that answers with an input/output error
     |- ServiceError              exit 8   something outside (a reward server, the hub)
     |- UnsafeError               exit 9   refused because it would run code or leave the run directory
     |- WorkerLostError           exit 10  a rank died
@@ -66,6 +68,14 @@ class ResourceError(UserError):
     """Out of disk or memory."""
 
     exit_code = 7
+
+
+class NoRoomError(ResourceError):
+    """A disk is full, or a quota is used up."""
+
+
+class FailingDiskError(ResourceError):
+    """A disk, or the way to it, fails."""
 
 
 class ServiceError(UserError):

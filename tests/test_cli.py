@@ -13,7 +13,7 @@ import rlhf
 from rlhf import errors
 from rlhf.cli.app import STAGES, app
 
-STAGE = "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code"
+STAGE = "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code --allow-foreign"
 COMMANDS = {
     "sft": STAGE,
     "rm": STAGE,
@@ -23,7 +23,7 @@ COMMANDS = {
     "label": STAGE,
     "merge": STAGE,
     "reward-model": STAGE,
-    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code",
+    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code --allow-foreign",
     "status": "run --json",
     "show": "recipe -n/--count --stage --run --set",
     "losses": "--json",
@@ -42,6 +42,8 @@ EXIT_CODES = {
     "NumericsError": 5,
     "BusyError": 6,
     "ResourceError": 7,
+    "NoRoomError": 7,
+    "FailingDiskError": 7,
     "ServiceError": 8,
     "UnsafeError": 9,
     "WorkerLostError": 10,

@@ -26,6 +26,7 @@ class PipelineOptions:
     num_nodes: int | None
     hostfile: Path | None
     allow_code: list[Path]
+    allow_foreign: bool
 
 
 def run_all(path: Path, options: PipelineOptions) -> None:
@@ -81,6 +82,7 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
         None if is_alone else options.num_nodes,
         None if is_alone else options.hostfile,
         allow_code=options.allow_code,
+        allow_foreign=options.allow_foreign,
     )
 
 

@@ -15,6 +15,7 @@ from rich.console import Console
 from rlhf.errors import RecipeError, StoppedError, UserError
 from rlhf.launch import World
 from rlhf.recipe.load import LoadedRecipe
+from rlhf.run.disk import PRIVATE_MASK
 from rlhf.run.opened import Opened
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
@@ -50,6 +51,7 @@ class StageCommand:
     hostfile: Path | None = None
     restart: bool = False
     allow_code: list[Path] = field(default_factory=list)
+    allow_foreign: bool = False
 
     def folder(self) -> StageDir:
         """The stage folder, existing or not."""
@@ -67,6 +69,7 @@ class StageCommand:
         words += ["--name", self.name] if self.name is not None else []
         words += [word for item in self.overrides for word in ("--set", item)]
         words += [word for item in self.allow_code for word in ("--allow-code", str(item))]
+        words += ["--allow-foreign"] if self.allow_foreign else []
         return words
 
 
@@ -86,6 +89,9 @@ def start(command: StageCommand, stop: StopRequest) -> None:
     from rlhf import launch  # imported here, as is all that follows: `rlhf --help` needs none of it
     from rlhf.cli.prepare import check_rows
 
+    os.umask(PRIVATE_MASK)
+    if not command.allow_foreign:
+        command.folder().refuse_foreign()
     if launch.is_worker():
         launch.die_with_parent()
         job, _ = checked(command, int(os.environ["WORLD_SIZE"]))

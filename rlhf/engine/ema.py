@@ -63,6 +63,10 @@ class Ema:
             if is_whole:
                 parameter.all_gather()
 
+    def bytes_to_save(self) -> int:
+        """What `save` writes, over all ranks."""
+        return self.engine.num_elements()[0] * 4
+
     def save(self, folder: Path) -> None:
         """Write this rank's part; every rank must call it. The caller makes the folder durable."""
         if self._is_mine:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from rlhf.batch import Loss
 from rlhf.engine import dist, zero
 from rlhf.engine.proximal import PullToStart
+from rlhf.engine.writer import CheckpointWriter
 from rlhf.errors import CheckpointError, NumericsError, UnsafeError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
@@ -56,6 +57,7 @@ class Engine:
         self.optim = optim
         self.role = role
         self._grad_norm = math.nan
+        self.updates = 0  # optimizer steps taken in this process
         self._all: list[Engine] = beside._all if beside is not None else []  # the engines of this module
         self._all.append(self)
         if optim is None:
@@ -74,6 +76,9 @@ class Engine:
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
             self._engine.train()
+            self._engine.checkpoint_engine = self._writer = CheckpointWriter(self._engine._config)
+            # Scripts that read the files without us: no code lies in a checkpoint, and rank 0 would fail alone.
+            self._engine._copy_recovery_script = lambda _: None
 
     def pull_to_start(self, l1: float) -> None:
         """Hold the trained weights to what they are now, by an L1 penalty on the change. Call it before `load`."""
@@ -106,6 +111,17 @@ class Engine:
         """(trained weights, all weights of the module), counted whole whatever this rank holds."""
         trained, every = self.trained.values(), self.module.parameters()
         return sum(zero.full_shape(p).numel() for p in trained), sum(zero.full_shape(p).numel() for p in every)
+
+    def bytes_to_save(self) -> int:
+        """About what `save` writes, over all ranks: trained weights, float32 copies of them, moments of AdamW.
+
+        ZeRO-3 writes the copies alone, stage 0 in float32 the weights alone.
+        """
+        trained, stage = self.trained.values(), self.zero.stage
+        weights = 0 if stage == 3 else sum(zero.full_shape(p).numel() * p.element_size() for p in trained)
+        has_copies = stage > 0 or any(p.element_size() < 4 for p in trained)
+        moments = 2 if self.optim is not None and self.optim.optimizer == "adamw" else 0
+        return weights + self.num_elements()[0] * 4 * (moments + has_copies)
 
     def enter(self) -> None:
         """Put a module of several roles into this engine's role, for work that does not go through a call."""
@@ -144,6 +160,7 @@ class Engine:
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
         self._engine.step()
+        self.updates += 1
         if self.zero.stage:
             self._refuse_before_step()  # again: in fp32 DeepSpeed itself has skipped the step, without a word
         return self._grad_norm
@@ -211,10 +228,11 @@ class Engine:
     def save(self, folder: Path) -> None:
         """Write the trained weights and their optimizer state; every rank must call it.
 
-        The caller makes the folder durable.
+        The caller makes the folder durable. A rank whose files are refused by the disk says so when all have written.
         """
         with self._others_frozen():
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
+        self._writer.raise_failure()
 
     @contextmanager
     def _others_frozen(self) -> Iterator[None]:

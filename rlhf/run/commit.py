@@ -4,6 +4,9 @@ A file: written under a temporary name in the same folder, fsynced, renamed, fol
 A folder: filled under a temporary name, every file hashed and fsynced, MANIFEST.json written last, renamed, parent
 fsynced. So a manifest's existence means that all it lists was complete, and no reader ever sees half of anything.
 Logs are append-only; a resumed run cuts them back to its checkpoint.
+
+No file points at the newest checkpoint: it is the one with the highest step whose manifest verifies. So
+nothing can point at anything else than what is there.
 """
 
 from __future__ import annotations
@@ -16,47 +19,28 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlhf.errors import CheckpointError, ResourceError, UnsafeError
+from rlhf.errors import CheckpointError, UnsafeError
+from rlhf.run.content import READERS
+from rlhf.run.content import check_hashes as check_hashes
+from rlhf.run.content import hash_file as hash_file
+from rlhf.run.content import list_files as list_files
+from rlhf.run.disk import PRIVATE_FILE, PRIVATE_FOLDER, tree_bytes
+from rlhf.run.disk import disk as disk
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"
 SMALL_FILE = 32 * 2**20  # bytes; up to here a quick check hashes, beyond it only compares sizes
-_CHUNK = 4 * 2**20
+_SEAL = "seal"
+_DAMAGED = "damaged-"
 _STEP = re.compile(r"step-(\d{6,})")
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-_NO_ACCESS = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.ENOLCK, errno.ENAMETOOLONG, errno.ENOTDIR}
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def disk(path: Path) -> Iterator[None]:
-    """Turn what a disk may answer (full, read-only, a planted link) into an error that names the path and a remedy."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno == errno.ELOOP:
-            fix = "Remove the link; nothing is written through links."
-            raise UnsafeError("expected a plain file, found a symbolic link", where=str(path), fix=fix) from error
-        if error.errno in _NO_ROOM:
-            fix = f"Free some space on this disk ({_free(path)} left); the same command resumes."
-            raise ResourceError(f"cannot be written: {error.strerror}", where=str(path), fix=fix) from error
-        if error.errno in _NO_ACCESS:
-            fix = "Choose a --run folder that this user can write to."
-            raise ResourceError(f"cannot be written: {error.strerror}", where=str(path), fix=fix) from error
-        raise
-
-
-def _free(path: Path) -> str:
-    folder = next(p for p in (path, *path.parents) if p.is_dir())
-    return f"{shutil.disk_usage(folder).free / 2**20:,.0f} MiB"
 
 
 def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None:
@@ -66,9 +50,10 @@ def write_atomic(path: Path, data: bytes | str, *, durable: bool = True) -> None
     """
     content = data.encode() if isinstance(data, str) else data
     temporary = path.with_name(TEMPORARY + secrets.token_hex(4))
-    with disk(path):
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    with disk(path, len(content)):
         try:
-            handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+            handle = os.open(temporary, flags, PRIVATE_FILE)
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -133,8 +118,9 @@ def read_json(path: Path) -> dict[str, Any]:
 def append_jsonl(path: Path, record: dict[str, Any]) -> None:
     """Add one line to a log, in a single write; a full disk leaves the log as it was."""
     line = json.dumps(plain(record), allow_nan=False).encode() + b"\n"
-    with disk(path):
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+    with disk(path, len(line)):
+        handle = os.open(path, flags, PRIVATE_FILE)
         try:
             end = os.fstat(handle).st_size
             if os.write(handle, line) != len(line):
@@ -146,9 +132,12 @@ def append_jsonl(path: Path, record: dict[str, Any]) -> None:
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The rows of a log, [] where there is none yet. A last line cut short by a crash is left out."""
-    if not path.exists():
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(path)) from error
     rows: list[dict[str, Any]] = []
     for number, line in enumerate(lines[:-1], start=1):  # what follows the last newline is an unfinished write
         try:
@@ -176,33 +165,10 @@ def cut_jsonl(path: Path, step: int) -> None:
 # ---- folders ---------------------------------------------------------------------------------------------------------
 
 
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
-def list_files(folder: Path) -> list[str]:
-    """Relative names of all files below a folder, sorted. Links and special files are refused: they lead elsewhere."""
-    names = []
-    for parent, folders, files in os.walk(folder):
-        for name in folders + files:
-            path = Path(parent, name)
-            if path.is_symlink() or not (path.is_dir() or path.is_file()):
-                what = "expected plain files and folders, found a link or special file"
-                raise UnsafeError(what, where=str(path), fix="Put the file itself there.")
-            if path.is_file():
-                names.append(path.relative_to(folder).as_posix())
-    return sorted(names)
-
-
 def seal(folder: Path) -> dict[str, dict[str, Any]]:
     """Force every file of a folder to the disk. Returns name -> {size, sha256}. Several files are read at a time."""
-    names = list_files(folder)
-    with disk(folder), ThreadPoolExecutor(max_workers=4) as pool:
+    with disk(folder, tree_bytes(folder)), ThreadPoolExecutor(max_workers=READERS) as pool:
+        names = list_files(folder)
         table = dict(zip(names, pool.map(lambda name: seal_file(folder / name), names), strict=True))
         for parent in {(folder / name).parent for name in names} | {folder}:
             fsync_path(parent)
@@ -219,9 +185,18 @@ def fresh_temporary(final: Path) -> Path:
     """An empty folder `.tmp-<name>` beside the place where `commit_dir` will put it; old leftovers are removed."""
     temporary = final.with_name(TEMPORARY + final.name)
     with disk(temporary):
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        final.parent.mkdir(mode=PRIVATE_FOLDER, exist_ok=True)  # not its parents: a stage that was removed stays away
+        _remove(temporary)
+        temporary.mkdir(mode=PRIVATE_FOLDER)  # follows no link, and fails where anything is
     return temporary
+
+
+def _remove(path: Path) -> None:
+    """Delete a folder, a file or a link; of a link, what it leads to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def commit_dir(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
@@ -230,8 +205,8 @@ def commit_dir(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
     A complete folder of that name stays: the same step of the same run was saved before. A damaged one is replaced.
     """
     files = seal(temporary)
-    write_json(temporary / MANIFEST, {**facts, "files": files})
-    with disk(final):
+    write_json(temporary / MANIFEST, sealed({**facts, "files": files}))
+    with disk(final, tree_bytes(temporary)):
         if final.exists():
             try:
                 verify(final, hash_limit=None)
@@ -242,29 +217,47 @@ def commit_dir(temporary: Path, final: Path, facts: dict[str, Any]) -> None:
         fsync_path(final.parent)
 
 
+def sealed(manifest: dict[str, Any]) -> dict[str, Any]:
+    """A manifest with the hash of all that it says: a bit that flips in it is found like one in a file."""
+    found = plain(manifest)
+    return {**found, _SEAL: _digest(found)}
+
+
+def _digest(manifest: dict[str, Any]) -> str:
+    rest = {key: value for key, value in manifest.items() if key != _SEAL}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+
+
 def verify(folder: Path, *, hash_limit: int | None = SMALL_FILE, parts: tuple[str, ...] = ("",)) -> dict[str, Any]:
     """The manifest of a folder whose files are as they were written, else a CheckpointError that names the file.
 
     Sizes are always compared, hashes of files up to `hash_limit` bytes (None: of all). `parts` are the sub-folders that
     may hold listed files only ("" is the whole folder; names that start with a dot are overlooked).
     """
+    try:
+        return _verified(folder, hash_limit, parts)
+    except OSError as error:
+        where = str(error.filename or folder)
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=where) from error
+
+
+def _verified(folder: Path, hash_limit: int | None, parts: tuple[str, ...]) -> dict[str, Any]:
     manifest = read_json(folder / MANIFEST)
-    for name, entry in manifest_files(folder, manifest).items():
+    files = manifest_files(folder, manifest)
+    if _SEAL in manifest and manifest[_SEAL] != _digest(manifest):
+        raise CheckpointError("expected what was written, found a changed manifest", where=str(folder / MANIFEST))
+    for name, entry in files.items():
         path = folder / name
         if path.is_symlink() or not path.is_file():
             raise CheckpointError("expected a file, found none", where=str(path))
-        size = path.stat().st_size
-        if size != entry["size"]:
+        if (size := path.stat().st_size) != entry["size"]:
             raise CheckpointError(f"expected {entry['size']} bytes, found {size}", where=str(path))
-        if (hash_limit is None or size <= hash_limit) and hash_file(path) != entry["sha256"]:
-            raise CheckpointError("expected the content that was written, found a changed file", where=str(path))
-    listed = manifest["files"].keys() | {MANIFEST}
     for part in parts:
         for name in list_files(folder / part):
-            if Path(part, name).as_posix() not in listed and not Path(name).name.startswith("."):
-                raise CheckpointError(
-                    "expected only files of the manifest, found another", where=f"{folder / part / name}"
-                )
+            path = folder / part / name
+            if path.relative_to(folder).as_posix() not in {*files, MANIFEST} and not path.name.startswith("."):
+                raise CheckpointError("expected only files of the manifest, found another", where=str(path))
+    check_hashes(folder, {n: e for n, e in files.items() if hash_limit is None or e["size"] <= hash_limit})
     return manifest
 
 
@@ -286,6 +279,7 @@ def remove_dir(folder: Path) -> None:
     temporary = folder.with_name(f"{TEMPORARY}{secrets.token_hex(4)}-removed")
     with disk(folder):
         os.rename(folder, temporary)
+        fsync_path(folder.parent)  # first the name: else a power cut may bring it back without its files
         shutil.rmtree(temporary)
 
 
@@ -293,7 +287,7 @@ def remove_temporaries(folder: Path) -> None:
     """Delete what interrupted writers left in a folder. Only for the holder of the folder's lock."""
     for path in folder.glob(TEMPORARY + "*"):
         with disk(path):
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+            _remove(path)
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------------
@@ -313,8 +307,18 @@ def step_number(checkpoint: Path) -> int:
 
 def checkpoint_dirs(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest step first, complete or not."""
-    found = [path for path in folder.glob("step-*") if _STEP.fullmatch(path.name)]
-    return sorted(found, key=step_number)
+    try:
+        return _listed(folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", where=str(folder)) from error
+
+
+def _listed(folder: Path) -> list[Path]:
+    try:
+        names = os.listdir(folder)  # a glob takes a folder that cannot be read for an empty one
+    except FileNotFoundError:
+        return []
+    return sorted((folder / name for name in names if _STEP.fullmatch(name)), key=step_number)
 
 
 def newest_checkpoint(folder: Path, *, hash_limit: int | None = SMALL_FILE) -> Path | None:
@@ -335,13 +339,24 @@ def newest_checkpoint(folder: Path, *, hash_limit: int | None = SMALL_FILE) -> P
     return None
 
 
-def rotate(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
-    """Delete checkpoints older than the newest `keep` complete ones. Call it after a commit, never before.
+def set_aside(checkpoint: Path) -> Path:
+    """Rename a damaged checkpoint, so that it counts as none from now on. Returns where it is."""
+    damaged = checkpoint.with_name(f"{_DAMAGED}{checkpoint.name}-{secrets.token_hex(2)}")
+    with disk(checkpoint):
+        os.rename(checkpoint, damaged)
+        fsync_path(checkpoint.parent)
+    return damaged
 
-    also: checkpoints that stay, however old they are.
+
+def rotate(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
+    """Delete checkpoints older than the newest `keep` complete ones, except `also`: those that something else needs.
+
+    Call it after a commit, never before. The newest complete one stays whatever `keep` is.
     """
+    with disk(folder):
+        found = _listed(folder)
     complete = []
-    for path in reversed(checkpoint_dirs(folder)):
+    for path in reversed(found):
         try:
             verify(path, hash_limit=0)
             complete.append(path)
@@ -349,6 +364,24 @@ def rotate(folder: Path, keep: int, also: Collection[Path] = ()) -> None:
             continue
     if complete:
         oldest_kept = step_number(complete[: max(keep, 1)][-1])
-        for path in checkpoint_dirs(folder):
-            if step_number(path) < oldest_kept and path not in also:
+        spared = {path.name for path in also if path.resolve().parent == folder.resolve()}
+        for path in found:
+            if step_number(path) < oldest_kept and path.name not in spared:
                 remove_dir(path)
+
+
+def make_room(folder: Path, also: Collection[Path] = ()) -> list[str]:
+    """Delete all in a folder of checkpoints that a resumed run can do without; returns the names of what went.
+
+    What interrupted writers left, damaged checkpoints, and all but the newest complete one and `also`.
+    """
+    if not folder.is_dir():
+        return []
+    with disk(folder):
+        before = set(os.listdir(folder))
+        for name in before:
+            if name.startswith(_DAMAGED):
+                _remove(folder / name)
+        remove_temporaries(folder)
+        rotate(folder, 1, also)
+        return sorted(before - set(os.listdir(folder)))

@@ -12,6 +12,7 @@ from typing import Any
 
 from rlhf.errors import BusyError, CheckpointError
 from rlhf.run.commit import disk, read_json
+from rlhf.run.disk import PRIVATE_FILE, make_private
 
 _AT_LEAST = 3  # tries: `holder` of another process may have the lock for an instant
 _PAUSES = (0.02, 0.05, *[0.1] * 9)  # seconds between tries, as long as the note tells of no living process
@@ -27,9 +28,9 @@ class Lock:
     def acquire(self) -> None:
         """Take the lock at once, or raise BusyError naming the holder's pid, host and start."""
         with disk(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_private(self.path.parent)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-            handle = os.open(self.path, flags, 0o666)
+            handle = os.open(self.path, flags, PRIVATE_FILE)
             if not self._take(handle):
                 os.close(handle)
                 raise BusyError(f"held by {describe_holder(self._read())}", where=str(self.path))

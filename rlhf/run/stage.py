@@ -7,9 +7,13 @@ that --restart can move the folder away.
 from __future__ import annotations
 
 import logging
+import os
 import re
+import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,7 @@ from rlhf.errors import (
     UserError,
 )
 from rlhf.run import commit
+from rlhf.run.disk import PRIVATE_FILE, make_private, refuse_foreign
 from rlhf.run.lineage import (
     PROVENANCE,
     Parent,
@@ -69,6 +74,29 @@ class StageSummary:
     started: float | None
     ended: float | None
     best: dict[str, Any] | None = None  # {metric, step, value} of checkpoint.keep_best
+
+
+class _LogFile(logging.FileHandler):
+    """log.txt: private, never through a link; where the disk takes no more, that is said once on the screen."""
+
+    _is_silent = False
+
+    def _open(self) -> TextIOWrapper:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        handle = os.open(self.baseFilename, flags, PRIVATE_FILE)
+        return os.fdopen(handle, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
+
+    def close(self) -> None:
+        with suppress(OSError):  # of lines that were refused before; told then
+            super().close()
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        if not self._is_silent:
+            self._is_silent = True
+            print(f"{self.baseFilename} takes no more lines: {error.strerror}", file=sys.stderr, flush=True)
 
 
 class StageDir:
@@ -130,6 +158,11 @@ class StageDir:
             raise
         return Opened(self, mode, checkpoint, lock, is_new=is_new, aside=aside, was_asked=was_asked)
 
+    def refuse_foreign(self) -> None:
+        """Raise UnsafeError where the run directory or the stage belongs to another user."""
+        for path in (self.root, self.path):
+            refuse_foreign(path)
+
     def refuse_if_held(self) -> None:
         """Raise BusyError where another process works on the stage now; `open` looks again."""
         if (owner := self.holder()) is not None:
@@ -171,7 +204,7 @@ class StageDir:
 
     def _create(self, inputs: dict[str, Any]) -> tuple[Mode, None]:
         with commit.disk(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_private(self.path)
             commit.fsync_path(self.path.parent)
         if foreign := [p.name for p in self.path.iterdir() if not p.name.startswith(commit.TEMPORARY)]:
             what = f"expected a stage folder or nothing, found {', '.join(sorted(foreign)[:3])}, which no stage wrote"
@@ -274,7 +307,7 @@ class StageDir:
     def log_handler(self) -> logging.FileHandler:
         """A handler that appends to log.txt, tracebacks included."""
         with commit.disk(self.log):
-            handler = logging.FileHandler(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
+            handler = _LogFile(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         return handler
 
@@ -303,14 +336,13 @@ class StageDir:
         }
         with commit.disk(self.path):
             files |= {path.name: commit.seal_file(path) for path in plain_files}
-        with commit.disk(self.path):
             for part in PARTS:
                 if (self.path / part).exists():  # renamed by a publication that was interrupted before its manifest
                     commit.remove_dir(self.path / part)
             for part, folder in exported.items():
                 folder.rename(self.path / part)
             commit.fsync_path(self.path)
-        manifest = commit.plain(
+        manifest = commit.sealed(
             {
                 "stage": self.read_status()["stage"],
                 "name": self.name,
@@ -323,7 +355,7 @@ class StageDir:
         )
         commit.write_json(self.manifest, manifest)
         self.write_status(state="finished", ended=now(), exit_reason=None)
-        return dict(manifest)
+        return manifest
 
     def is_finished(self) -> bool:
         """Whether the stage has published its result."""

@@ -11,11 +11,13 @@ from typing import Any, Protocol
 
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import CheckpointError
+from rlhf.errors import CheckpointError, FailingDiskError, NoRoomError, UserError
 from rlhf.run import commit
+from rlhf.run.disk import require_room, tree_bytes
 from rlhf.run.stage import StageDir
 from rlhf.train.pool import Budget
 from rlhf.train.standing import Standing
+from rlhf.train.writing import library_writes
 
 logger = logging.getLogger("rlhf.checkpoint")
 
@@ -27,7 +29,10 @@ class Kept(Protocol):
     """Something with tensors of its own in a checkpoint: an engine, or an average of one."""
 
     def save(self, folder: Path) -> None:
-        """Write it; every rank must call it."""
+        """Write it; every rank must call it, and where the disk refuses, say so after the last meeting of the ranks."""
+
+    def bytes_to_save(self) -> int:
+        """About what `save` writes, over all ranks."""
 
     def load(self, folder: Path) -> None:
         """Read it back; every rank must call it."""
@@ -57,6 +62,10 @@ class Running:
         """All tensors, by the name of their folder in a checkpoint."""
         return {**self.engines, **self.others}
 
+    def updates(self) -> int:
+        """Optimizer steps taken in this process: while it stays, so do the weights."""
+        return sum(engine.updates for engine in self.engines.values())
+
 
 class Checkpoints:
     """Writes a running stage's checkpoints, and lets training go on while the disk takes one in.
@@ -65,42 +74,106 @@ class Checkpoints:
     hashes them, forces them to the disk and gives the folder its name; it meets no other rank. One checkpoint at a time
     is in flight: whoever needs it there calls `settle`, which the next `save` does too. Until a checkpoint has its name
     the older ones stay, so a crash on the way costs the steps since the newest of them and no more.
+
+    A save that finds a full or failing disk is tried once more, after everything was deleted that can be done without;
+    for a failing disk that is its own leftovers only, since an older checkpoint may be the one that can be read. Where
+    training has gone on meanwhile, the next save is the second try.
     """
 
     def __init__(self, folder: StageDir, running: Running, keep: int) -> None:
         self._folder, self._running, self._keep = folder, running, keep
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._in_flight: Future[None] | None = None  # on rank 0
+        self._begun = (0, 0)  # steps, and updates of the weights, at the last save
+        self._has_failed = False  # the last try has
 
     def save(self, step: int) -> None:
         """Write the state after `step` finished steps; every rank must call it. The caller may go on training."""
-        self.settle()
-        running, final = self._running, self._folder.checkpoint(step)
-        temporary = Path(dist.from_main(str(commit.fresh_temporary(final)) if dist.is_main() else None))
-        for name, kept in running.kept().items():
-            kept.save(temporary / name)
-        dist.barrier()
-        if dist.is_main():
-            if running.state is not None:
-                commit.write_json(temporary / _STATE, running.state.as_json())
-            commit.write_json(temporary / _STANDING, running.standing.as_json(), durable=False)  # as yet
-            budget = running.budget
-            found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
-            facts = {"step": step, **found, **_layout(running.engines)}
-            self._in_flight = self._thread.submit(self._complete, temporary, final, facts, self._best())
+        if (failure := self._ended()) is not None:
+            self._clear(failure)
+        self._begin(step)
 
     def settle(self) -> None:
         """Wait until the last checkpoint is complete under its name; where it failed, every rank raises why."""
-        dist.agreed(self._wait)
+        while (failure := self._ended()) is not None:
+            step, updates = self._begun
+            if updates != self._running.updates():
+                raise failure
+            self._clear(failure)
+            self._begin(step)
 
-    def _wait(self) -> None:
+    def _begin(self, step: int) -> None:
+        """Write the files, on every rank; the thread does the rest."""
+        self._begun = step, self._running.updates()
+        temporary = None
+        while temporary is None:
+            try:
+                temporary = self._written(step)
+            except (NoRoomError, FailingDiskError) as failure:
+                self._clear(failure)
+        if dist.is_main():
+            budget = self._running.budget
+            found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
+            facts = {"step": step, **found, **_layout(self._running.engines)}
+            self._in_flight = self._thread.submit(
+                self._complete, temporary, self._folder.checkpoint(step), facts, self._best()
+            )
+
+    def _written(self, step: int) -> Path:
+        """A temporary folder with all files of a checkpoint."""
+        needs = self._needs()
+        final = self._folder.checkpoint(step)
+        made = dist.agreed(lambda: str(_prepared(final, needs)) if dist.is_main() else None)
+        temporary = Path(dist.from_main(made))
+        for name, kept in self._running.kept().items():
+            dist.agreed(lambda name=name, kept=kept: _put(kept, temporary / name, needs))  # type: ignore[misc]
+        if self._running.state is not None:
+            state = self._running.state.as_json()
+            dist.agreed(lambda: commit.write_json(temporary / _STATE, state) if dist.is_main() else None)
+        standing = self._running.standing.as_json()
+        dist.agreed(lambda: commit.write_json(temporary / _STANDING, standing) if dist.is_main() else None)
+        return temporary
+
+    def _needs(self) -> int:
+        """Bytes of the next checkpoint: as many as the last one has, or an estimate."""
+        older = commit.checkpoint_dirs(self._folder.checkpoints)
+        return tree_bytes(older[-1]) if older else sum(kept.bytes_to_save() for kept in self._running.kept().values())
+
+    def _ended(self) -> UserError | None:
+        """Wait for the thread. Returns, on every rank, why the disk did not take the last checkpoint in, if so."""
         in_flight, self._in_flight = self._in_flight, None
-        if in_flight is not None:
-            in_flight.result()
+        failure: UserError | None = None
+        try:
+            if in_flight is not None:
+                in_flight.result()
+        except UserError as error:
+            failure = error
+        was_in_flight, told = dist.from_main((in_flight is not None, failure))
+        failure = failure or told
+        if was_in_flight and failure is None:
+            self._has_failed = False
+        if failure is not None and not isinstance(failure, (NoRoomError, FailingDiskError)):
+            raise failure
+        return failure
+
+    def _clear(self, failure: UserError) -> None:
+        """Delete what can be done without; raise where that was done for the try before."""
+        if self._has_failed:
+            raise failure
+        self._has_failed = True
+        dist.agreed(lambda: self._delete(failure) if dist.is_main() else None)
+
+    def _delete(self, failure: UserError) -> None:
+        folder = self._folder.checkpoints
+        if isinstance(failure, NoRoomError):
+            gone = commit.make_room(folder, self._best())
+        else:
+            gone = []
+            commit.remove_temporaries(folder)
+        logger.warning("%s\ntried once more; deleted before: %s", failure, ", ".join(gone) or "nothing")
 
     def _best(self) -> list[Path]:
-        best = self._running.standing.best
-        return [] if best is None else [self._folder.checkpoint(best.step)]
+        return best_checkpoint(self._folder, self._running.standing)
 
     def _complete(self, temporary: Path, final: Path, facts: dict[str, Any], best: list[Path]) -> None:
         commit.commit_dir(temporary, final, facts)
@@ -115,6 +188,21 @@ class Checkpoints:
         self._thread.shutdown(wait=True)
         if self._in_flight is not None and (failure := self._in_flight.exception()) is not None:
             logger.warning("the last checkpoint was not written: %s", failure)
+
+
+def _prepared(final: Path, needs: int) -> Path:
+    require_room(final, needs)
+    return commit.fresh_temporary(final)
+
+
+def _put(kept: Kept, folder: Path, needs: int) -> None:
+    with library_writes(folder, needs):
+        kept.save(folder)
+
+
+def best_checkpoint(folder: StageDir, standing: Standing) -> list[Path]:
+    """The checkpoint of the best step so far, which is not deleted; [] where none is watched for."""
+    return [] if standing.best is None else [folder.checkpoint(standing.best.step)]
 
 
 def load_checkpoint(path: Path, running: Running) -> int:

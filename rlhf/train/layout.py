@@ -20,6 +20,7 @@ from rlhf.recipe.schema import ModelRef
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe
 from rlhf.run import commit
 from rlhf.run.lineage import Parent, content_hash, recorded_parents
+from rlhf.run.stage import PARTS
 from rlhf.train.job import Job, local_path
 
 
@@ -157,7 +158,7 @@ def _stage_of(child: Parent, wanted: str | None) -> Path:
     for parent in recorded_parents(child.path):
         folder = child.path.parent / parent["path"]  # an absolute path stays itself
         if parent["content_hash"] == wanted and (folder / commit.MANIFEST).is_file():
-            if content_hash(commit.read_json(folder / commit.MANIFEST)) == wanted:
+            if content_hash(commit.verify(folder, parts=PARTS)) == wanted:
                 return folder / "model"
     raise CheckpointError(
         f"expected the stage that {child.path} was made from, found it gone or made again",

@@ -27,10 +27,12 @@ from rlhf.models.tokenizer import ensure_pad, load_tokenizer
 from rlhf.recipe.merge_options import DareMerge
 from rlhf.recipe.merge_rules import merged_models
 from rlhf.recipe.stages import MergeRecipe
+from rlhf.run.disk import require_room
 from rlhf.train.job import POLICY, Job
 from rlhf.train.objectives import bind
 from rlhf.train.preflight import check_kind
 from rlhf.train.seeding import derive
+from rlhf.train.writing import library_writes
 
 logger = logging.getLogger("rlhf.merge")
 
@@ -165,7 +167,11 @@ def publish(job: Job, model: nn.Module, tokenizer: PreTrainedTokenizerFast, chan
     assert isinstance(recipe, MergeRecipe)
     stop_ids = chat.stop_token_ids(tokenizer, model.generation_config)
     model.generation_config.eos_token_id = stop_ids  # plain `generate` must stop where our rollouts do
-    save_policy(PolicyModule(model), tokenizer, folder.export_dir("model"))
+    needs = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    require_room(folder.path, needs)
+    target = folder.export_dir("model")
+    with library_writes(target, needs):
+        save_policy(PolicyModule(model), tokenizer, target)
     names = {key: ref.from_ or ref.path for key, ref in merged_models(recipe)} | {"merged": "merged"}
     for key, change in changes.items():
         facts = change.facts()

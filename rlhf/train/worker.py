@@ -26,10 +26,11 @@ from rlhf.models.statistics import set_statistics
 from rlhf.recipe.schema import DataBlock
 from rlhf.recipe.stages import OnlineRecipe, Recipe
 from rlhf.run import commit
+from rlhf.run.disk import free_bytes, require_room
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import memory, merging, stages
-from rlhf.train.checkpoints import Checkpoints, load_checkpoint
+from rlhf.train.checkpoints import Checkpoints, best_checkpoint, load_checkpoint
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
@@ -40,9 +41,11 @@ from rlhf.train.progress import Progress
 from rlhf.train.seeding import seed_everything
 from rlhf.train.shared import published
 from rlhf.train.signals import StopRequest
+from rlhf.train.sound import check_parents, sound_checkpoint
 from rlhf.train.standing import Standing, leave_together
 from rlhf.train.token_cache import cache_key, cached_examples
 from rlhf.train.tokenizers import stage_tokenizer
+from rlhf.train.writing import library_writes
 
 logger = logging.getLogger("rlhf.stage")
 
@@ -61,6 +64,7 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
             logger.info("%s was finished before with the same inputs", job.folder.path)
             dist.finish()
             return True
+        check_parents(job)
         if job.stage == "label":
             label(job, console)
         elif job.stage == "merge":
@@ -74,6 +78,7 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
 def train(job: Job, checkpoint: Path | None, console: Console) -> None:
     """Data, models, loop, publication."""
     recipe, folder = job.recipe, job.folder
+    checkpoint = sound_checkpoint(folder.checkpoints, checkpoint)
     tokenizer, data = prepare(job)
     base = adapter_base(job)  # now, while the parents are what they were checked to be
     parts = stages.assemble(job, tokenizer, data)
@@ -174,7 +179,7 @@ def published_step(job: Job, parts: Parts) -> int:
     if watched is None or not watched.publish or best is None or best.step == parts.steps:
         return parts.steps
     path = job.folder.checkpoint(best.step)
-    commit.verify(path)
+    commit.verify(path, hash_limit=None)
     return load_checkpoint(path, replace(parts.running(), standing=Standing()))
 
 
@@ -231,30 +236,42 @@ def publish(
         average = parts.averages[part] if part in parts.averages else None
         with average.swapped() if average is not None else nullcontext():
             state = engine.state_dict()
-        if state is not None:
-            if kind == "policy":  # plain `generate` must stop where our rollouts do
-                engine.module.core.generation_config.eos_token_id = parts.stop_ids
-            target = job.folder.export_dir(part)
-            module, weights = published(engine, state)
-            (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
-        dist.barrier()
-    if dist.is_main():
-        engine, kind = parts.published["model"]
-        facts = {
-            "base": base_model(job),
-            "tokenizer_hash": chat.tokenizer_hash(tokenizer),
-            "template_hash": chat.template_hash(tokenizer),
-            "stop_ids": sorted(parts.stop_ids),
-            "pad_id": tokenizer.pad_token_id,
-            "head": None if kind == "policy" else "score",
-            "dtype": job.recipe.model.dtype,
-            "lora": job.recipe.model.lora is not None,
-            "step": step,
-            **(statistics.facts() if statistics is not None else {}),
-            "adapter_base": base,
-        }
-        job.folder.publish(kind, facts, parts.steps)
-    dist.barrier()
+        if kind == "policy":  # plain `generate` must stop where our rollouts do
+            engine.module.core.generation_config.eos_token_id = parts.stop_ids
+        dist.agreed(lambda part=part, state=state: export(job, parts, tokenizer, part, state))  # type: ignore[misc]
+    engine, kind = parts.published["model"]
+    facts = {
+        "base": base_model(job),
+        "tokenizer_hash": chat.tokenizer_hash(tokenizer),
+        "template_hash": chat.template_hash(tokenizer),
+        "stop_ids": sorted(parts.stop_ids),
+        "pad_id": tokenizer.pad_token_id,
+        "head": None if kind == "policy" else "score",
+        "dtype": job.recipe.model.dtype,
+        "lora": job.recipe.model.lora is not None,
+        "step": step,
+        **(statistics.facts() if statistics is not None else {}),
+        "adapter_base": base,
+    }
+    dist.agreed(lambda: job.folder.publish(kind, facts, parts.steps) if dist.is_main() else None)
+
+
+def export(
+    job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, part: str, state: dict[str, torch.Tensor] | None
+) -> None:
+    """Write one trained model, on rank 0, which has its whole weights. Older checkpoints make room for it."""
+    if state is None:
+        return
+    engine, kind = parts.published[part]
+    module, weights = published(engine, state)
+    needs = sum(weight.numel() * weight.element_size() for weight in weights.values())
+    if free_bytes(job.folder.path) < needs:
+        gone = commit.make_room(job.folder.checkpoints, best_checkpoint(job.folder, parts.standing))
+        logger.warning("little room for the result; deleted: %s", ", ".join(gone) or "nothing")
+        require_room(job.folder.path, needs)
+    target = job.folder.export_dir(part)
+    with library_writes(target, needs):
+        (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
 
 
 def base_model(job: Job) -> str:

@@ -140,7 +140,7 @@ class Lab:
     ) -> Child:
         """Start `rlhf WORDS` in a fork; with several ranks as a launcher would. before: runs in the child first."""
         self._number += 1
-        folder = self._streams / f"{self._number:05d}"
+        folder = self._streams / f"{os.getpid()}-{self._number:05d}"
         folder.mkdir()
         child = Child([str(word) for word in words], [], folder)
         port = str(free_port()) if ranks > 1 else ""

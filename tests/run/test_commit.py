@@ -79,7 +79,7 @@ def test_a_full_disk_keeps_the_old_file_and_says_so(folder: Path, in_child: InCh
 
     def fill() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        with pytest.raises(ResourceError, match="MiB left"):
+        with pytest.raises(ResourceError, match="1,000 bytes needed"):
             commit.write_atomic(path, "x" * 1000)
 
     assert in_child(fill) == 0

@@ -16,12 +16,14 @@ from torch import nn
 from rlhf.batch import Loss
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
-from rlhf.errors import CheckpointError, ResourceError
+from rlhf.errors import CheckpointError, NoRoomError, ResourceError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 from rlhf.run import commit
+from rlhf.run.disk import tree_bytes
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
 from rlhf.train.checkpoints import Checkpoints, Running, load_checkpoint
+from rlhf.train.sound import check_published, sound_checkpoint
 
 
 def engines(stage: int = 2, seed: int = 0) -> dict[str, Engine]:
@@ -117,23 +119,138 @@ def test_training_goes_on_while_the_disk_takes_a_checkpoint_in(forked, tmp_path,
     forked(body)
 
 
+def refusing(times: int, number: int = errno.ENOSPC):
+    """An fsync that the disk refuses so often."""
+    left, real = [times], os.fsync
+
+    def fsync(handle):
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number))
+        real(handle)
+
+    return fsync
+
+
 @pytest.mark.parametrize("when", ["settle", "save", "leave"])
 def test_a_checkpoint_that_does_not_fit_is_told_and_the_older_one_stays(forked, tmp_path, monkeypatch, caplog, when):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     def body():
         stage, both = folder(tmp_path), engines()
         save(stage, Running(both), 1, keep=1)
-        monkeypatch.setattr(os, "fsync", full)
+        monkeypatch.setattr(os, "fsync", refusing(1000))
         with Checkpoints(stage, Running(both), 1) as checkpoints:
             checkpoints.save(2)
+            if when == "save":
+                checkpoints.save(3)
             if when != "leave":
-                with pytest.raises(ResourceError, match="No space left"):
-                    checkpoints.settle() if when == "settle" else checkpoints.save(3)
+                with pytest.raises(NoRoomError, match="No space left.* bytes needed, .* free"):
+                    checkpoints.settle()
                 checkpoints.settle()  # a failure is told once
-        assert ("No space left" in caplog.text) == (when == "leave")
+        assert ("was not written" in caplog.text) == (when == "leave")
+        assert ("tried once more" in caplog.text) == (when != "leave")
         assert commit.newest_checkpoint(stage.checkpoints, hash_limit=None) == stage.checkpoint(1)
+
+    forked(body)
+
+
+@pytest.mark.parametrize(("number", "left"), [(errno.ENOSPC, [4, 5]), (errno.EIO, [3, 4, 5])])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_refused_checkpoint_is_tried_again_where_room_was_made(forked, tmp_path, monkeypatch, moved, number, left):
+    """On a disk that fails no older checkpoint is given up for it."""
+
+    def body():
+        stage, both = folder(tmp_path), engines()
+        for step in (3, 4):
+            save(stage, Running(both), step, keep=9)
+        with Checkpoints(stage, Running(both), 9) as checkpoints:
+            monkeypatch.setattr(os, "fsync", refusing(1, number))
+            checkpoints.save(5)
+            if moved:
+                train(both, 1)
+                with pytest.raises(ResourceError, match="bytes needed"):
+                    checkpoints.settle()
+                return
+            checkpoints.settle()
+        assert [commit.step_number(path) for path in commit.checkpoint_dirs(stage.checkpoints)] == left
+        assert commit.newest_checkpoint(stage.checkpoints, hash_limit=None) == stage.checkpoint(5)
+
+    forked(body)
+
+
+def test_no_room_is_told_before_a_byte_is_written(forked, tmp_path, monkeypatch):
+    monkeypatch.setattr("rlhf.run.disk.free_bytes", lambda path: 10)
+
+    def body():
+        stage, both = folder(tmp_path), engines()
+        with Checkpoints(stage, Running(both), 9) as checkpoints, pytest.raises(NoRoomError, match="needed, 10 free"):
+            checkpoints.save(1)
+        assert not stage.checkpoints.exists()
+
+    forked(body)
+
+
+@pytest.mark.parametrize("zero", [0, 2, 3])
+def test_the_size_of_the_first_checkpoint_is_known_before(forked, tmp_path, zero):
+    def body():
+        stage = folder(tmp_path)
+        torch.manual_seed(0)
+        block = ZeroBlock(stage=zero, persistence_threshold=0)
+        engine = Engine(nn.Linear(300, 400), block, bf16=False, optim=OptimBlock(optimizer="adamw"))
+        loss = engine(torch.randn(5, 300)).pow(2).sum()
+        engine.backward(Loss({"square": (loss, "rows", 1.0)}), {"rows": 5.0})
+        engine.step(0.01)
+        save(stage, Running({"policy": engine}), 1, keep=1)
+        assert tree_bytes(stage.checkpoint(1)) == pytest.approx(engine.bytes_to_save(), rel=0.05)
+
+    forked(body)
+
+
+@pytest.mark.parametrize("damaged", [[], [3], [2, 3], [1, 2, 3]])
+def test_only_a_checkpoint_that_is_whole_to_the_last_bit_is_used(forked, tmp_path, caplog, damaged):
+    """A flipped bit does not change a size: the quick look at the start does not see it."""
+
+    def body():
+        stage, both = folder(tmp_path), engines()
+        for step in (1, 2, 3):
+            save(stage, Running(both), step, keep=9)
+        for step in damaged:
+            file = stage.checkpoint(step) / "policy" / "deepspeed" / "mp_rank_00_model_states.pt"
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 4
+            file.write_bytes(content)
+        newest = commit.newest_checkpoint(stage.checkpoints, hash_limit=0)
+        assert newest == stage.checkpoint(3)
+        if len(damaged) == 3:
+            with pytest.raises(CheckpointError, match="3 damaged.*mp_rank_00_model_states"):
+                sound_checkpoint(stage.checkpoints, newest)
+            assert len(commit.checkpoint_dirs(stage.checkpoints)) == 3
+            return
+        assert sound_checkpoint(stage.checkpoints, newest) == stage.checkpoint(3 - len(damaged))
+        assert caplog.text.count("mp_rank_00_model_states") == len(damaged)
+        save(stage, Running(both), 4, keep=1)
+        assert [path.name for path in commit.checkpoint_dirs(stage.checkpoints)] == ["step-000004"]
+
+    forked(body)
+
+
+def test_a_bit_of_a_big_file_of_a_parent_is_found_before_its_weights_are_used(forked, tmp_path):
+    """The look at a parent before anything is imported reads small files only."""
+
+    def body():
+        stage = RunDir(tmp_path).stage("sft")
+        stage.path.mkdir()
+        commit.write_json(stage.provenance, {})
+        big = stage.export_dir("model") / "model.safetensors"
+        with big.open("wb") as file:
+            file.truncate(commit.SMALL_FILE + 1)
+        stage.publish("policy", {}, 1)
+        check_published(stage.path)
+        with (stage.model / big.name).open("r+b") as file:
+            file.seek(commit.SMALL_FILE // 2)
+            file.write(b"\x01")
+        stage.read_manifest()
+        with pytest.raises(CheckpointError, match="model.safetensors: expected the content that was written"):
+            check_published(stage.path)
 
     forked(body)
 
