@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ import typer
 
 from rlhf import __version__
 from rlhf.errors import RecipeError, ResourceError, StoppedError, UserError, WorkerLostError
+from rlhf.pulse import RANK_TIMEOUT_S, WATCHDOG_S
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -36,6 +38,15 @@ NodesOption = Annotated[int | None, typer.Option("--num-nodes", min=1, help="nod
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed host file: lines `host slots=n`")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="begin again; the old folder is kept as NAME.old-n")]
 CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", help="reward file that may run")]
+MOST_S = 10 * 24 * 3600
+WatchdogOption = Annotated[
+    int,
+    typer.Option("--watchdog", metavar="SECONDS", min=2, max=MOST_S, help="a rank silent for so long is lost"),
+]
+TimeoutOption = Annotated[
+    int,
+    typer.Option("--rank-timeout", metavar="SECONDS", min=1, max=MOST_S, help="how long a rank waits for others"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 LATER_RANK_S = 5.0
@@ -82,10 +93,14 @@ def stage_function(stage: str) -> Callable[..., None]:
         hostfile: HostfileOption = None,
         restart: RestartOption = False,
         allow_code: CodeOption = [],  # noqa: B006
+        watchdog: WatchdogOption = WATCHDOG_S,
+        rank_timeout: TimeoutOption = RANK_TIMEOUT_S,
     ) -> None:
         from rlhf.cli.stages import StageCommand, run_stage
 
-        run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, gpus, num_nodes, hostfile, restart, allow_code))
+        ranks = (gpus, num_nodes, hostfile)
+        waits = (watchdog, rank_timeout)
+        run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, *ranks, restart, allow_code, *waits))
 
     return command
 
@@ -105,10 +120,13 @@ def run_pipeline(
     num_nodes: NodesOption = None,
     hostfile: HostfileOption = None,
     allow_code: CodeOption = [],  # noqa: B006
+    watchdog: WatchdogOption = WATCHDOG_S,
+    rank_timeout: TimeoutOption = RANK_TIMEOUT_S,
 ) -> None:
     from rlhf.cli.pipeline import PipelineOptions, run_all
 
-    run_all(pipeline, PipelineOptions(run, set_, dry_run, gpus, num_nodes, hostfile, allow_code))
+    waits = (watchdog, rank_timeout)
+    run_all(pipeline, PipelineOptions(run, set_, dry_run, gpus, num_nodes, hostfile, allow_code, *waits))
 
 
 @app.command(help="Stages of a run directory: state, step, key metric, parents.")
@@ -228,6 +246,11 @@ def main() -> None:
         leave(ResourceError.exit_code)
     except KeyboardInterrupt:
         leave(130)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        leave(UserError.exit_code)
 
 
 def wait_for_first_rank() -> None:

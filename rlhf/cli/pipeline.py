@@ -26,6 +26,8 @@ class PipelineOptions:
     num_nodes: int | None
     hostfile: Path | None
     allow_code: list[Path]
+    watchdog: int
+    rank_timeout: int
 
 
 def run_all(path: Path, options: PipelineOptions) -> None:
@@ -79,6 +81,8 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
         None if is_alone else options.num_nodes,
         None if is_alone else options.hostfile,
         allow_code=options.allow_code,
+        watchdog=options.watchdog,
+        rank_timeout=options.rank_timeout,
     )
 
 

@@ -14,7 +14,9 @@ from rich.console import Console
 
 from rlhf.errors import RecipeError, StoppedError
 from rlhf.launch import World
+from rlhf.pulse import RANK_TIMEOUT_S, WATCHDOG_S
 from rlhf.recipe.load import LoadedRecipe
+from rlhf.run.layout import refuse_other_layout
 from rlhf.run.opened import Opened
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
@@ -50,6 +52,8 @@ class StageCommand:
     hostfile: Path | None = None
     restart: bool = False
     allow_code: list[Path] = field(default_factory=list)
+    watchdog: int = WATCHDOG_S
+    rank_timeout: int = RANK_TIMEOUT_S
 
     def folder(self) -> StageDir:
         """The stage folder, existing or not."""
@@ -57,7 +61,9 @@ class StageCommand:
 
     def launch_words(self) -> list[str]:
         """The options that `argv` leaves out."""
-        options = {"--gpus": self.gpus, "--num-nodes": self.num_nodes, "--hostfile": self.hostfile}
+        options: dict[str, object] = {"--gpus": self.gpus, "--num-nodes": self.num_nodes, "--hostfile": self.hostfile}
+        if self.watchdog != WATCHDOG_S:
+            options["--watchdog"] = self.watchdog
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
         return words + (["--dry-run"] if self.dry_run else []) + (["--restart"] if self.restart else [])
 
@@ -67,6 +73,7 @@ class StageCommand:
         words += ["--name", self.name] if self.name is not None else []
         words += [word for item in self.overrides for word in ("--set", item)]
         words += [word for item in self.allow_code for word in ("--allow-code", str(item))]
+        words += ["--rank-timeout", str(self.rank_timeout)] if self.rank_timeout != RANK_TIMEOUT_S else []
         return words
 
 
@@ -79,7 +86,7 @@ def run_stage(command: StageCommand) -> None:
         launch.die_with_parent()
         stop = StopRequest().listen()
         job, _ = checked(command, int(os.environ["WORLD_SIZE"]))
-        return work(replace(job, launcher=launch.launcher_pid()), stop)
+        return work(replace(job, launcher=launch.launcher_pid(), rank_timeout_s=command.rank_timeout), stop)
     world = wanted_world(command)
     ranks = 1 if world is None else slots(world)
     if world is not None:
@@ -94,10 +101,18 @@ def run_stage(command: StageCommand) -> None:
     if command.dry_run:
         return show_dry_run(job.resolved_text, loaded, ranks)
     with job.folder.open(job.inputs, restart=job.restart) as opened:
+        if opened.checkpoint is not None:
+            refuse_other_layout(opened.checkpoint, {"devices": ranks})
         if opened.mode != "finished" and world is None:
             work(job, StopRequest().listen(), opened)
         elif opened.mode != "finished":
-            code = launch.launch(command.argv(), world, stage=job.folder.path, succeeded=job.folder.is_finished)
+            code = launch.launch(
+                command.argv(),
+                world,
+                stage=job.folder.path,
+                succeeded=job.folder.is_finished,
+                watchdog_s=command.watchdog,
+            )
             if code:
                 sys.exit(code)
     announce(job.folder.path, command, was_finished=opened.mode == "finished")

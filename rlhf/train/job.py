@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.pulse import RANK_TIMEOUT_S
 from rlhf.recipe.merge_rules import merged_models
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.reward_rules import named_rewards
@@ -114,6 +115,7 @@ class Job:
     restart: bool = False
     launcher: int | None = None  # pid of the command that started the ranks and holds the stage folder
     code: frozenset[Path] = frozenset()  # reward files that the user named on the command line
+    rank_timeout_s: float = RANK_TIMEOUT_S  # how long a rank waits for the others
 
     def distinct_parents(self) -> list[Parent]:
         """The finished stages that this one starts from, each once."""
