@@ -92,15 +92,20 @@ def _own() -> Path | None:
 
 def _read(file: Path | None) -> str:
     try:
-        return file.read_text(errors="replace") if file is not None else ""
+        return file.read_text(errors="replace").partition("\n")[0] if file is not None else ""
     except OSError:
         return ""
 
 
 def _write(file: Path | None, text: str) -> None:
+    """Put one line over what is there, at one stroke: a rank may freeze at any moment, and leaves a whole line."""
     with suppress(OSError):  # a full disk: the training must not fail for want of a sign
         if file is not None:
-            file.write_text(text)
+            number = os.open(file, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.pwrite(number, f"{text}\n".encode(), 0)
+            finally:
+                os.close(number)
 
 
 def _time(file: Path) -> int:

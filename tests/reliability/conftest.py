@@ -1,0 +1,10 @@
+"""A lab for the rows of the reliability sheet."""
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory):
+    from scripts.reliability.lab import Lab
+
+    return Lab.made(tmp_path_factory.mktemp("lab") / "lab")
