@@ -18,7 +18,7 @@ import torch
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import StoppedError, UserError
+from rlhf.errors import ResourceError, StoppedError, UserError, WorkerLostError
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train import memory
 from rlhf.train.guards import check_counts
@@ -133,8 +133,10 @@ def collect(stage: Stage, step: int, first_step: int) -> Collected:
     """The batch of a step. Where it fails for a reason that all ranks know, what was learned so far is kept."""
     try:
         return stage.collector.collect(step)
-    except UserError:
-        if step > first_step:
+    except UserError as error:
+        # Memory runs out on one rank, and a lost one is gone: the others are elsewhere; a checkpoint takes them all.
+        is_known_to_all = dist.world_size() == 1 or not isinstance(error, (ResourceError, WorkerLostError))
+        if step > first_step and is_known_to_all:
             stage.checkpoint(step)
             stage.settle()
         raise
