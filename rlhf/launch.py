@@ -8,11 +8,14 @@
 
 What the launcher leaves open is closed here. A request to stop (SIGINT, SIGTERM, SIGHUP) goes to the ranks only, which
 finish their step, write a checkpoint and exit 75; the runner would die of it and `launch` would give them 30 seconds.
-Success is the stage's manifest: a runner whose `launch` was killed exits 0. Whatever is left of the session at the end
-is ended, and a rank ends itself when its parents are gone (`die_with_parent`).
+Success is the stage's manifest: a runner whose `launch` was killed exits 0. A rank that is frozen is found by its
+silence (`rlhf.pulse`). Whatever is left of the session at the end is ended, and a rank ends itself when its parents are
+gone (`die_with_parent`).
 
-On several nodes DeepSpeed carries only those environment variables to the others whose names begin with PYTHON or NCCL;
-further ones belong in `.deepspeed_env` (see its documentation).
+On one node nothing listens but on the loopback interface, and the ranks find each other through a file in a folder
+that only this user can enter. On several nodes they do so over the network, and only the collectives' own patience
+tells of a frozen one. There DeepSpeed carries only those environment variables to the others whose names begin with
+PYTHON or NCCL; further ones belong in `.deepspeed_env` (see its documentation).
 """
 
 from __future__ import annotations
@@ -24,25 +27,28 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from rlhf import pulse
 from rlhf.errors import RecipeError, WorkerLostError
+from rlhf.processes import STOPPED, Session, stat
 
-STOPPED = 75
-OWN_CODES = frozenset({2, 3, 4, 5, 6, 7, 8, 9, 10, STOPPED})
+LOST = WorkerLostError.exit_code
+OWN_CODES = frozenset({2, 3, 4, 5, 6, 7, 8, 9, LOST, STOPPED})
 GRACE_S = 600.0  # for ranks that were asked to stop: one step and one checkpoint, of a large model too
 LOST_GRACE_S = 10.0  # for ranks whose peer or parent is gone: nothing they wait for will come
+LAUNCHER_GRACE_S = 30.0  # for a launcher whose ranks have all ended; one that is frozen would wait for ever
 LAUNCHER = "PYTHON_RLHF_LAUNCHER"  # host:pid:start of this process; the prefix lets it reach other nodes
 _POLL_S = 0.1  # `launch` looks once a second and then reaps a dead rank; how it died is seen before
-_SCAN_S = 1.0
-_KILL_S = 10.0
 _PR_SET_PDEATHSIG = 1
+_LOOPBACK = {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
 
 
 @dataclass(frozen=True)
@@ -110,12 +116,17 @@ def _devices(world: World) -> dict[str, str]:
 
 
 def rank_environment(world: World) -> dict[str, str]:
-    """What the ranks need in their environment beside what is there: threads that share the cores, and tools."""
+    """What the ranks need in their environment beside what is there.
+
+    Tools, threads that share the cores, and on one node the loopback interface to talk over.
+    """
     tools = str(Path(sys.executable).parent)  # ninja, and deepspeed's own scripts
     path = os.environ["PATH"] if "PATH" in os.environ else os.defpath
     added = {} if tools in path.split(os.pathsep) else {"PATH": tools + os.pathsep + path}
     if "OMP_NUM_THREADS" not in os.environ:
         added["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // pick_world_size(world.gpus, 1)))
+    if world.hostfile is None:
+        added |= {name: value for name, value in _LOOPBACK.items() if name not in os.environ}
     return {**added, "DS_ACCELERATOR": "cpu"} if world.cpu else added
 
 
@@ -145,36 +156,43 @@ def launch(
     succeeded: Callable[[], bool],
     module: str = "rlhf",
     grace_s: float = GRACE_S,
+    watchdog_s: float = pulse.WATCHDOG_S,
 ) -> int:
     """Run `python -m MODULE ARGV` on every device, wait, and return the exit code: 0 only if `succeeded()`.
 
-    An exit code of ours (2 to 10, 75) is passed on. Anything else raises WorkerLostError, which names the rank where it
+    An exit code of ours (2 to 9, 75) is passed on. Anything else raises WorkerLostError, which names the rank where it
     is known and ends with the last lines of the stage's log.txt. A first SIGINT, SIGTERM or SIGHUP asks the ranks to
-    stop; `grace_s` seconds later, or at a further SIGINT, they are killed. In good times only the command is printed.
+    stop; `grace_s` seconds later, or at a further SIGINT, they are killed. So they are where one of them has given no
+    sign of life for `watchdog_s` seconds. In good times only the command is printed.
     """
     command, added = launch_command(argv, world, module), rank_environment(world)
     _say(printable(command, added))
-    environment = {**os.environ, **added, LAUNCHER: f"{socket.gethostname()}:{os.getpid()}:{_stat(os.getpid()).start}"}
-    if world.hostfile is None:
-        environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include; both at once make the runner complain
-    with _StopRequests() as requests:
+    environment = {**os.environ, **added, LAUNCHER: f"{socket.gethostname()}:{os.getpid()}:{stat(os.getpid()).start}"}
+    with _StopRequests() as requests, tempfile.TemporaryDirectory(prefix="rlhf-", ignore_cleanup_errors=True) as folder:
+        if world.hostfile is None:
+            environment[pulse.FOLDER] = folder
+            environment.pop("CUDA_VISIBLE_DEVICES", None)  # said by --include; both at once make the runner complain
         runner = subprocess.Popen(command, env=environment, start_new_session=True)
-        session = _Session(runner.pid)
+        session = Session(runner.pid, pulse.Pulses(Path(folder)))
+        frozen: dict[str, float] = {}
         try:
-            _wait(session, requests, grace_s)
+            frozen = _wait(session, requests, grace_s, watchdog_s)
         finally:
             left = session.kill()
             code = runner.wait()
+        ending = Ending(code, session.failures, frozen, session.doing())
     if left:
         _say(f"ended {left} processes that the launcher had left")
-    return verdict(code, session.failures, bool(requests.received), succeeded(), stage)
+    return verdict(ending, bool(requests.received), succeeded(), stage)
 
 
-def _wait(session: _Session, requests: _StopRequests, grace_s: float) -> None:
-    """Return when the session is over, or when what is left of it has had its time."""
+def _wait(session: Session, requests: _StopRequests, grace_s: float, watchdog_s: float) -> dict[str, float]:
+    """Return when the session is over, or when what is left of it has had its time; the ranks that were frozen then."""
     deadline = float("inf")
     while session.is_alive():
         session.observe()
+        if frozen := session.frozen(watchdog_s):
+            return frozen
         now = time.monotonic()
         if requests.received:
             session.ask_to_stop()
@@ -182,32 +200,49 @@ def _wait(session: _Session, requests: _StopRequests, grace_s: float) -> None:
                 deadline = now + grace_s
                 _say(f"stopping after this step, within {grace_s:.0f} s; Ctrl-C ends it at once")
             if signal.SIGINT in requests.received[1:]:
-                return
+                break
         elif session.has_lost():
             deadline = min(deadline, now + LOST_GRACE_S)
+        elif session.has_ended():
+            deadline = min(deadline, now + LAUNCHER_GRACE_S)
         if now > deadline:
-            return
+            break
         time.sleep(_POLL_S)
+    return {}
 
 
-def verdict(code: int, failures: dict[str, int], stop_requested: bool, done: bool, stage: Path) -> int:
-    """The exit code of a job, or WorkerLostError.
+@dataclass(frozen=True)
+class Ending:
+    """How a job ended.
 
-    code: the launcher's. failures: rank -> exit code (negative: signal) of the ranks seen to fail first; the launcher
-    passes on one code only, which may be that of a peer that died of the first failure.
+    code: the launcher's, which passes on that of one rank; it may be a peer that died of the first failure. failures:
+    rank -> exit code (negative: signal) of the ranks seen to fail first. frozen: rank -> seconds of silence. doing:
+    what ranks have told last.
     """
-    own = [c for c in (*failures.values(), code) if c in OWN_CODES]
-    if done and not own:
-        if code:
-            _say(f"{stage} is complete; ranks failed afterwards: {_named(failures, code)}")
+
+    code: int
+    failures: dict[str, int]
+    frozen: dict[str, float] = field(default_factory=dict)
+    doing: dict[str, str] = field(default_factory=dict)
+
+
+def verdict(ending: Ending, stop_requested: bool, done: bool, stage: Path) -> int:
+    """The exit code of a job, or WorkerLostError."""
+    codes = [*ending.failures.values(), ending.code]
+    if done and not OWN_CODES.intersection(codes):
+        if ending.code:
+            _say(f"{stage} is complete; ranks failed afterwards: {_named(ending)}")
         return 0
-    lost = any(failure < 0 for failure in failures.values()) or code == 0  # 0: `launch` itself is gone
-    if own and not lost:
-        return min(own)  # an error before "stopped": the peers of a failed rank are told to stop
-    if stop_requested:
+    killed = any(code < 0 for code in ending.failures.values()) or ending.frozen
+    lost = killed or ending.code == 0  # 0: `launch` itself is gone
+    # A rank that has lost another, or is told to stop, says nothing of the reason: another one does.
+    reasons = [code for code in codes if code in OWN_CODES - {LOST, STOPPED}]
+    if reasons and not lost:
+        return min(reasons)
+    if stop_requested or (not lost and {STOPPED} == {code for code in codes if code}):
         return STOPPED
     fix = f"The same command resumes. The end of {stage / 'log.txt'}:" + "".join(_last_lines(stage / "log.txt"))
-    raise WorkerLostError(f"{_named(failures, code)}; the stage has no result", where=str(stage), fix=fix)
+    raise WorkerLostError(f"{_named(ending)}; the stage has no result", where=str(stage), fix=fix)
 
 
 def _say(text: str) -> None:
@@ -215,15 +250,29 @@ def _say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def _named(failures: dict[str, int], code: int) -> str:
-    if failures:
-        return ", ".join(f"rank {rank} {_ending(failure)}" for rank, failure in sorted(failures.items()))
+def _named(ending: Ending) -> str:
+    """Who failed, how and where; and where the others were if all that is known is that somebody waited in vain."""
+    told = {rank: f"gave no sign of life for {seconds:.0f} s" for rank, seconds in ending.frozen.items()}
+    told |= {rank: _ending(code) for rank, code in ending.failures.items()}
+    parts = [f"rank {rank} {how}{_during(ending, rank)}" for rank, how in sorted(told.items())]
+    if parts and not ending.frozen and set(ending.failures.values()) == {LOST}:
+        others = sorted(ending.doing.keys() - told.keys())
+        parts += [f"rank {rank} was still running{_during(ending, rank)}" for rank in others]
+    if parts:
+        return ", ".join(parts)
+    code = ending.code
     if code > 128 and 256 - code in list(signal.Signals):  # `launch` exits with a rank's negative code
         return f"a rank {_ending(code - 256)}"
     return f"the launcher {_ending(code)} and no rank said why"
 
 
+def _during(ending: Ending, rank: str) -> str:
+    return f" in {ending.doing[rank]}" if rank in ending.doing else ""
+
+
 def _ending(code: int) -> str:
+    if code == LOST:
+        return "waited for another rank in vain"
     if code >= 0:
         return f"exited with code {code}"
     hint = ", often for want of memory" if code == -signal.SIGKILL else ""
@@ -262,108 +311,6 @@ class _StopRequests:
         self.received.append(number)
 
 
-# ---- processes -------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Process:
-    pid: int
-    state: str
-    parent: int
-    session: int
-    start: int  # clock ticks since boot; with the pid, an identity
-    status: int  # as from wait(), once the process has ended
-
-    @property
-    def ended(self) -> bool:
-        return self.state in "ZX"
-
-
-_GONE = _Process(pid=0, state="X", parent=0, session=0, start=0, status=0)
-
-
-def _stat(pid: int) -> _Process:
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return _GONE
-    return _Process(pid, fields[0], int(fields[1]), int(fields[3]), int(fields[19]), int(fields[49]))
-
-
-def _environment(pid: int) -> dict[str, str]:
-    try:
-        entries = Path(f"/proc/{pid}/environ").read_bytes().decode(errors="replace").split("\0")
-    except OSError:
-        return {}
-    return dict(entry.split("=", 1) for entry in entries if "=" in entry)
-
-
-class _Session:
-    """The processes of the session that the runner leads. The runner is reaped last: until then its pid stays ours."""
-
-    def __init__(self, leader: int) -> None:
-        self._leader = leader
-        self._ranks: dict[str, int] = {}  # rank -> pid
-        self._expected = float("inf")
-        self._next_scan = 0.0
-        self._told: set[int] = set()
-        self.failures: dict[str, int] = {}  # the first ranks that failed -> exit code, negative: signal
-
-    def members(self) -> list[_Process]:
-        """The processes that are still running."""
-        found = [_stat(int(name)) for name in os.listdir("/proc") if name.isdecimal()]
-        return sorted((p for p in found if p.session == self._leader and not p.ended), key=lambda p: p.pid)
-
-    def is_alive(self) -> bool:
-        """Whether the runner, or any other process of the session, is still running."""
-        return not _stat(self._leader).ended or bool(self.members())
-
-    def observe(self) -> None:
-        """Find the ranks that have started, and note how the first of them failed: the launcher tells of one only."""
-        if len(self._ranks) < self._expected and time.monotonic() >= self._next_scan:
-            self._scan()
-        if not self.failures:
-            ended = {rank: process for rank, pid in self._ranks.items() if (process := _stat(pid)).ended}
-            codes = {rank: os.waitstatus_to_exitcode(process.status) for rank, process in ended.items()}
-            self.failures = {rank: code for rank, code in codes.items() if code}
-
-    def _scan(self) -> None:
-        self._next_scan = time.monotonic() + _SCAN_S
-        for process in self.members():
-            environment = _environment(process.pid)
-            if {"RANK", "LOCAL_SIZE"} <= environment.keys() and "RANK" not in _environment(process.parent):
-                self._ranks.setdefault(environment["RANK"], process.pid)
-                self._expected = int(environment["LOCAL_SIZE"])
-
-    def has_lost(self) -> bool:
-        """Whether a rank has failed, or the runner is gone while others are still running."""
-        return any(code != STOPPED for code in self.failures.values()) or _stat(self._leader).ended
-
-    def ask_to_stop(self) -> None:
-        """Send SIGTERM once to every rank, or to the launcher as long as it has started none."""
-        self._scan()
-        for pid in list(self._ranks.values()) or [p.pid for p in self.members()]:
-            if pid not in self._told:
-                self._told.add(pid)
-                _send(pid, signal.SIGTERM)
-
-    def kill(self) -> int:
-        """Kill whatever is still running. Returns how many processes that was."""
-        killed: set[int] = set()
-        deadline = time.monotonic() + _KILL_S
-        while (members := self.members()) and time.monotonic() < deadline:
-            for process in members:
-                killed.add(process.pid)
-                _send(process.pid, signal.SIGKILL)
-            time.sleep(0.02)
-        return len(killed)
-
-
-def _send(pid: int, number: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, number)
-
-
 # ---- in a rank -------------------------------------------------------------------------------------------------------
 
 
@@ -372,6 +319,7 @@ def die_with_parent(grace_s: float = LOST_GRACE_S) -> None:
 
     It gets SIGTERM, the request to stop; a rank that hangs is killed `grace_s` seconds later. SIGTERM may come more
     than once (`launch` of DeepSpeed sends it too), so a handler must not take a second one for more than the first.
+    Until then the rank gives signs of life.
     """
     parent = os.getppid()
     if sys.platform == "linux":
@@ -383,12 +331,15 @@ def _watch(parent: int, grace_s: float) -> None:
     host, pid, start = os.environ[LAUNCHER].split(":") if LAUNCHER in os.environ else ("", "0", "0")
     here = host == socket.gethostname()
     while os.getppid() == parent and not (here and _is_gone(int(pid), int(start))):
-        time.sleep(1.0)
+        pulse.beat()
+        time.sleep(pulse.BEAT_S)
+    if here and _is_gone(int(pid), int(start)):
+        pulse.clear()
     os.kill(os.getpid(), signal.SIGTERM)
     time.sleep(grace_s)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _is_gone(pid: int, start: int) -> bool:
-    process = _stat(pid)
+    process = stat(pid)
     return process.ended or process.start != start

@@ -19,7 +19,9 @@ ALLOWED = {
     "batch": {"torch", "typing_extensions"},
     "recipe": {"annotated_types", "pydantic", "pydantic_core", "yaml", "typing_extensions"},
     "run": set(),
-    "launch": set(),
+    "pulse": set(),
+    "processes": {"rlhf.pulse"},
+    "launch": {"rlhf.processes", "rlhf.pulse"},
     "data": {
         "datasets", "jinja2", "numpy", "pyarrow", "rich", "tokenizers", "torch", "transformers",
         "rlhf.batch", "rlhf.recipe",
@@ -29,11 +31,11 @@ ALLOWED = {
         "rlhf.algo.logprobs",
     },
     "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
-    "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
+    "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.pulse", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",
-        "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards",
-        "rlhf.run",
+        "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.pulse", "rlhf.recipe",
+        "rlhf.rewards", "rlhf.run",
     },
     "eval": {
         "rich", "torch", "transformers", "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.models", "rlhf.recipe",
@@ -41,8 +43,8 @@ ALLOWED = {
     },
     "report": {"matplotlib", "rich", "yaml", "rlhf.recipe", "rlhf.run"},
     "cli": {
-        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.recipe", "rlhf.report",
-        "rlhf.run",
+        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.pulse", "rlhf.recipe",
+        "rlhf.report", "rlhf.run",
         "rlhf.train.job", "rlhf.train.signals",
     },
 }  # fmt: skip

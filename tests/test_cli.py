@@ -13,7 +13,10 @@ import rlhf
 from rlhf import errors
 from rlhf.cli.app import STAGES, app
 
-STAGE = "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code --allow-foreign"
+STAGE = (
+    "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code --allow-foreign"
+    " --watchdog --rank-timeout"
+)
 COMMANDS = {
     "sft": STAGE,
     "rm": STAGE,
@@ -23,7 +26,8 @@ COMMANDS = {
     "label": STAGE,
     "merge": STAGE,
     "reward-model": STAGE,
-    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code --allow-foreign",
+    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code --allow-foreign"
+    " --watchdog --rank-timeout",
     "status": "run --json",
     "show": "recipe -n/--count --stage --run --set",
     "losses": "--json",

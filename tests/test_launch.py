@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -15,11 +16,12 @@ import pytest
 
 from rlhf import launch
 from rlhf.errors import RecipeError, WorkerLostError
-from rlhf.launch import World, launch_command, pick_world_size, rank_environment, verdict
+from rlhf.launch import Ending, World, launch_command, pick_world_size, rank_environment, verdict
 
 HELPERS = Path(__file__).parent / "launch"
 ROOT = Path(__file__).parents[1]
 MARK = "RLHF_TEST_FOLDER"
+WATCHDOG_S = 4  # of parent.py
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
@@ -85,6 +87,16 @@ def test_ranks_share_the_cores_unless_told_otherwise(bare: pytest.MonkeyPatch) -
     assert "OMP_NUM_THREADS" not in rank_environment(World(gpus=2))
 
 
+def test_ranks_of_one_node_talk_over_loopback_unless_told_otherwise(bare: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    for name in names:
+        bare.delenv(name, raising=False)
+    assert [rank_environment(World(gpus=2))[name] for name in names] == ["lo", "lo"]
+    assert not set(names) & rank_environment(World(gpus=2, hostfile=tmp_path / "hosts")).keys()
+    bare.setenv("NCCL_SOCKET_IFNAME", "eth0")
+    assert "NCCL_SOCKET_IFNAME" not in rank_environment(World(gpus=2))
+
+
 def test_tools_beside_the_interpreter_are_on_the_path(bare: pytest.MonkeyPatch) -> None:
     tools = str(Path(sys.executable).parent)
     bare.setenv("PATH", "/usr/bin")
@@ -129,51 +141,75 @@ def test_the_kernel_tells_a_rank_of_its_parents_death() -> None:
 # ---- what became of it -----------------------------------------------------------------------------------------------
 
 
+def ended(code: int, failures: dict[str, int], **more: dict) -> Ending:
+    return Ending(code, failures, **more)
+
+
 def test_success_needs_the_result_not_only_the_code(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert verdict(0, {}, False, True, tmp_path) == 0
+    assert verdict(ended(0, {}), False, True, tmp_path) == 0
     with pytest.raises(WorkerLostError, match="has no result"):
-        verdict(0, {}, False, False, tmp_path)
+        verdict(ended(0, {}), False, False, tmp_path)
     assert not capsys.readouterr().err
-    assert verdict(250, {"1": -6}, False, True, tmp_path) == 0
+    assert verdict(ended(250, {"1": -6}), False, True, tmp_path) == 0
     assert "rank 1 was killed (SIGABRT)" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("code", sorted(launch.OWN_CODES))
+@pytest.mark.parametrize("code", sorted(launch.OWN_CODES - {launch.LOST, launch.STOPPED}))
 def test_codes_of_ours_are_passed_on(tmp_path: Path, code: int) -> None:
-    assert verdict(code, {}, False, False, tmp_path) == code
-    assert verdict(1, {"0": code, "1": 1}, False, False, tmp_path) == code
-
-
-def test_an_error_goes_before_the_stop_it_causes(tmp_path: Path) -> None:
-    assert verdict(75, {"0": 75, "1": 5}, False, False, tmp_path) == 5
-    assert verdict(75, {"0": 75, "1": 5}, True, False, tmp_path) == 5
+    assert verdict(ended(code, {}), False, False, tmp_path) == code
+    assert verdict(ended(1, {"0": code, "1": 1}), False, False, tmp_path) == code
+    assert verdict(ended(10, {"0": 10, "1": code}), False, False, tmp_path) == code, "a lost peer is no reason"
+    assert verdict(ended(75, {"0": 75, "1": code}), False, False, tmp_path) == code, "an error goes before a stop"
+    assert verdict(ended(75, {"0": 75, "1": code}), True, False, tmp_path) == code
 
 
 def test_a_requested_stop_is_a_stop_however_the_ranks_ended(tmp_path: Path) -> None:
-    assert verdict(241, {"0": -15}, True, False, tmp_path) == 75
-    assert verdict(0, {}, True, False, tmp_path) == 75
-    assert verdict(-9, {"0": -9, "1": -9}, True, False, tmp_path) == 75
+    assert verdict(ended(241, {"0": -15}), True, False, tmp_path) == 75
+    assert verdict(ended(0, {}), True, False, tmp_path) == 75
+    assert verdict(ended(-9, {"0": -9, "1": -9}), True, False, tmp_path) == 75
+    assert verdict(ended(75, {}), False, False, tmp_path) == 75, "somebody asked the ranks themselves"
+    assert verdict(ended(75, {"0": 75, "1": 75}), False, False, tmp_path) == 75
 
 
 @pytest.mark.parametrize(
-    ("code", "failures", "said"),
+    ("code", "failures", "more", "said"),
     [
-        (1, {"1": -9, "0": 1}, r"rank 0 exited with code 1, rank 1 was killed \(SIGKILL, often for want of memory\)"),
-        (75, {"1": -11, "0": 75}, r"rank 1 was killed \(SIGSEGV\)"),
-        (1, {"0": 1}, "rank 0 exited with code 1"),
-        (247, {}, r"a rank was killed \(SIGKILL"),
-        (1, {}, "the launcher exited with code 1 and no rank said why"),
-        (0, {"0": 75}, "has no result"),
+        (
+            1,
+            {"1": -9, "0": 1},
+            {},
+            r"rank 0 exited with code 1, rank 1 was killed \(SIGKILL, often for want of memory\)",
+        ),
+        (75, {"1": -11, "0": 75}, {}, r"rank 1 was killed \(SIGSEGV\)"),
+        (1, {"0": 1}, {}, "rank 0 exited with code 1"),
+        (1, {"1": 1, "0": 75}, {}, "rank 1 exited with code 1"),
+        (10, {"1": 1, "0": 10}, {}, "rank 0 waited for another rank in vain, rank 1 exited with code 1;"),
+        (247, {}, {}, r"a rank was killed \(SIGKILL"),
+        (1, {}, {}, "the launcher exited with code 1 and no rank said why"),
+        (0, {"0": 75}, {}, "has no result"),
+        (10, {}, {}, "the launcher waited for another rank in vain"),
+        (
+            10,
+            {"1": 10},
+            {"doing": {"0": "sampling", "1": "the update"}},
+            "rank 1 waited for another rank in vain in the update, rank 0 was still running in sampling;",
+        ),
+        (
+            -9,
+            {},
+            {"frozen": {"1": 30.4}, "doing": {"0": "sampling", "1": "the update"}},
+            "rank 1 gave no sign of life for 30 s in the update;",
+        ),
     ],
 )
 def test_anything_else_is_a_lost_worker_with_a_name(
-    tmp_path: Path, code: int, failures: dict[str, int], said: str
+    tmp_path: Path, code: int, failures: dict[str, int], more: dict, said: str
 ) -> None:
     (tmp_path / "log.txt").write_text(
         "".join(f"line {i}\n" for i in range(10)) + "last \udcff".encode("utf-8", "replace").decode()
     )
     with pytest.raises(WorkerLostError, match=said) as caught:
-        verdict(code, failures, False, False, tmp_path)
+        verdict(ended(code, failures, **more), False, False, tmp_path)
     assert caught.value.exit_code == 10
     assert str(caught.value).splitlines()[-3:] == ["    line 8", "    line 9", "    last ?"]
 
@@ -255,6 +291,7 @@ def test_two_ranks_run_and_their_words_come_through(tmp_path: Path) -> None:
         assert words[words.index("--module") :] == ["--module", "ranks", str(running.folder), "done", "done"]
         assert {"OMP_NUM_THREADS=1", "DS_ACCELERATOR=cpu"} <= set(words[: words.index(sys.executable)])
         facts = json.loads((running.folder / "started-1").read_text())
+        assert facts["folder_mode"] == 0o700 and not Path(facts["folder"]).exists()
         assert facts["argv"][1:] == [str(running.folder), "done", "done"]
         assert facts["worker"] and facts["launcher"] == running.process.pid and facts["WORLD_SIZE"] == "2"
         assert not running.processes()
@@ -278,6 +315,19 @@ def test_a_killed_rank_is_named(tmp_path: Path) -> None:
         code, out, _ = running.finish()
         assert code == 10
         assert "SIGKILL" in out and "step 7 of 9" in out and str(running.folder) in out
+        assert not running.processes()
+
+
+@pytest.mark.distributed
+def test_a_frozen_rank_is_named_and_the_job_ended(tmp_path: Path) -> None:
+    with job(tmp_path, "wait", "wait") as running:
+        running.wait_for("started-0", "started-1")
+        time.sleep(1.5)
+        os.kill(running.pid_of_rank(1), signal.SIGSTOP)
+        started = time.monotonic()
+        code, out, _ = running.finish()
+        assert code == 10 and time.monotonic() - started < WATCHDOG_S + 5, out
+        assert re.search(r"rank 1 gave no sign of life for [45] s in a nap; the stage has no result", out), out
         assert not running.processes()
 
 
@@ -324,3 +374,4 @@ def test_ranks_end_when_the_waiting_command_is_killed(tmp_path: Path) -> None:
         running.process.kill()
         until(lambda: not running.processes(), 15)
         assert (running.folder / "asked-1").exists()
+        assert not Path(json.loads((running.folder / "started-1").read_text())["folder"]).exists()

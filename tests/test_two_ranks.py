@@ -99,8 +99,11 @@ def test_a_stopped_job_resumes_where_it_was(cli, cold_cli, tiny):
     status = json.loads((tiny.root / "stopped" / "status.json").read_text())
     assert status["state"] == "stopped" and 0 < status["step"] < 300
     assert [path.name for path in (tiny.root / "stopped" / "checkpoints").iterdir()] == [f"step-{status['step']:06d}"]
-    refused = cli(*tiny.command("sft", "--name", "stopped", *options))
-    assert refused.code == 4 and "expected devices 2, found 1" in refused.err
+    for one in (cold_cli, cli):
+        refused = one(*tiny.command("sft", "--name", "stopped", *options))
+        assert refused.code == 4 and "expected devices 2, found 1" in refused.err
+        assert f"step-{status['step']:06d}" in refused.err and "the same number of devices" in refused.err
+        assert one is cli or not refused.torch, "told before anything is loaded"
     done = tiny.launched("sft", "--name", "stopped", *options)
     assert done.code == 0, done.err
     assert done.out.startswith("sft finished")

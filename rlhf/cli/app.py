@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -16,6 +17,7 @@ import typer
 
 from rlhf import __version__
 from rlhf.errors import RecipeError, ResourceError, StoppedError, UserError, WorkerLostError
+from rlhf.pulse import RANK_TIMEOUT_S, WATCHDOG_S
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -37,6 +39,15 @@ HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpe
 RestartOption = Annotated[bool, typer.Option("--restart", help="begin again; the old folder is kept as NAME.old-n")]
 CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", help="reward file that may run")]
 ForeignOption = Annotated[bool, typer.Option("--allow-foreign", help="work in a run directory of another user")]
+MOST_S = 10 * 24 * 3600
+WatchdogOption = Annotated[
+    int,
+    typer.Option("--watchdog", metavar="SECONDS", min=2, max=MOST_S, help="a rank silent for so long is lost"),
+]
+TimeoutOption = Annotated[
+    int,
+    typer.Option("--rank-timeout", metavar="SECONDS", min=1, max=MOST_S, help="how long a rank waits for others"),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 LATER_RANK_S = 5.0
@@ -84,11 +95,14 @@ def stage_function(stage: str) -> Callable[..., None]:
         restart: RestartOption = False,
         allow_code: CodeOption = [],  # noqa: B006
         allow_foreign: ForeignOption = False,
+        watchdog: WatchdogOption = WATCHDOG_S,
+        rank_timeout: TimeoutOption = RANK_TIMEOUT_S,
     ) -> None:
         from rlhf.cli.stages import StageCommand, run_stage
 
-        world = (gpus, num_nodes, hostfile)
-        run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, *world, restart, allow_code, allow_foreign))
+        ranks, waits = (gpus, num_nodes, hostfile), (watchdog, rank_timeout)
+        allowed = (allow_code, allow_foreign)
+        run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, *ranks, restart, *allowed, *waits))
 
     return command
 
@@ -109,11 +123,13 @@ def run_pipeline(
     hostfile: HostfileOption = None,
     allow_code: CodeOption = [],  # noqa: B006
     allow_foreign: ForeignOption = False,
+    watchdog: WatchdogOption = WATCHDOG_S,
+    rank_timeout: TimeoutOption = RANK_TIMEOUT_S,
 ) -> None:
     from rlhf.cli.pipeline import PipelineOptions, run_all
 
-    world = (gpus, num_nodes, hostfile)
-    run_all(pipeline, PipelineOptions(run, set_, dry_run, *world, allow_code, allow_foreign))
+    ranks, waits = (gpus, num_nodes, hostfile), (watchdog, rank_timeout)
+    run_all(pipeline, PipelineOptions(run, set_, dry_run, *ranks, allow_code, allow_foreign, *waits))
 
 
 @app.command(help="Stages of a run directory: state, step, key metric, parents.")
@@ -233,6 +249,11 @@ def main() -> None:
         leave(ResourceError.exit_code)
     except KeyboardInterrupt:
         leave(130)
+    except Exception:
+        if "RANK" not in os.environ:
+            raise
+        traceback.print_exc()
+        leave(UserError.exit_code)
 
 
 def wait_for_first_rank() -> None:

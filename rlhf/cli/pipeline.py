@@ -27,6 +27,8 @@ class PipelineOptions:
     hostfile: Path | None
     allow_code: list[Path]
     allow_foreign: bool
+    watchdog: int
+    rank_timeout: int
 
 
 def run_all(path: Path, options: PipelineOptions) -> None:
@@ -83,6 +85,8 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
         None if is_alone else options.hostfile,
         allow_code=options.allow_code,
         allow_foreign=options.allow_foreign,
+        watchdog=options.watchdog,
+        rank_timeout=options.rank_timeout,
     )
 
 

@@ -14,8 +14,10 @@ from rich.console import Console
 
 from rlhf.errors import RecipeError, StoppedError, UserError
 from rlhf.launch import World
+from rlhf.pulse import RANK_TIMEOUT_S, WATCHDOG_S
 from rlhf.recipe.load import LoadedRecipe
 from rlhf.run.disk import PRIVATE_MASK
+from rlhf.run.layout import refuse_other_layout
 from rlhf.run.opened import Opened
 from rlhf.run.rundir import RunDir
 from rlhf.run.stage import StageDir
@@ -52,6 +54,8 @@ class StageCommand:
     restart: bool = False
     allow_code: list[Path] = field(default_factory=list)
     allow_foreign: bool = False
+    watchdog: int = WATCHDOG_S
+    rank_timeout: int = RANK_TIMEOUT_S
 
     def folder(self) -> StageDir:
         """The stage folder, existing or not."""
@@ -59,7 +63,9 @@ class StageCommand:
 
     def launch_words(self) -> list[str]:
         """The options that `argv` leaves out."""
-        options = {"--gpus": self.gpus, "--num-nodes": self.num_nodes, "--hostfile": self.hostfile}
+        options: dict[str, object] = {"--gpus": self.gpus, "--num-nodes": self.num_nodes, "--hostfile": self.hostfile}
+        if self.watchdog != WATCHDOG_S:
+            options["--watchdog"] = self.watchdog
         words = [word for option, value in options.items() if value is not None for word in (option, str(value))]
         return words + (["--dry-run"] if self.dry_run else []) + (["--restart"] if self.restart else [])
 
@@ -70,6 +76,7 @@ class StageCommand:
         words += [word for item in self.overrides for word in ("--set", item)]
         words += [word for item in self.allow_code for word in ("--allow-code", str(item))]
         words += ["--allow-foreign"] if self.allow_foreign else []
+        words += ["--rank-timeout", str(self.rank_timeout)] if self.rank_timeout != RANK_TIMEOUT_S else []
         return words
 
 
@@ -87,7 +94,6 @@ def run_stage(command: StageCommand) -> None:
 def start(command: StageCommand, stop: StopRequest) -> None:
     """The command, in a rank of somebody's launcher or as it was typed."""
     from rlhf import launch  # imported here, as is all that follows: `rlhf --help` needs none of it
-    from rlhf.cli.prepare import check_rows
 
     os.umask(PRIVATE_MASK)
     if not command.allow_foreign:
@@ -95,7 +101,7 @@ def start(command: StageCommand, stop: StopRequest) -> None:
     if launch.is_worker():
         launch.die_with_parent()
         job, _ = checked(command, int(os.environ["WORLD_SIZE"]))
-        return work(replace(job, launcher=launch.launcher_pid()), stop)
+        return work(replace(job, launcher=launch.launcher_pid(), rank_timeout_s=command.rank_timeout), stop)
     world = wanted_world(command)
     ranks = 1 if world is None else slots(world)
     if world is not None:
@@ -106,19 +112,31 @@ def start(command: StageCommand, stop: StopRequest) -> None:
     for notice in loaded.notices:
         err.print(notice, style="dim", markup=False)
     if command.dry_run or command.restart or not job.folder.is_finished():
+        from rlhf.cli.prepare import check_rows
+
         check_rows(job)
     if command.dry_run:
         return show_dry_run(job.resolved_text, loaded, ranks)
     with job.folder.open(job.inputs, restart=job.restart) as opened:
         if opened.was_asked:
             err.print(f"{job.folder.stop}: removed, it was meant for an earlier start", markup=False, soft_wrap=True)
-        if opened.mode != "finished" and world is None:
-            work(job, stop, opened)
-        elif opened.mode != "finished":
-            code = launch.launch(command.argv(), world, stage=job.folder.path, succeeded=job.folder.is_finished)
-            if code:
-                sys.exit(code)
+        if opened.checkpoint is not None:
+            refuse_other_layout(opened.checkpoint, {"devices": ranks})
+        if opened.mode != "finished":
+            go(command, job, world, stop, opened)
     announce(job.folder.path, command, was_finished=opened.mode == "finished")
+
+
+def go(command: StageCommand, job: Job, world: World | None, stop: StopRequest, opened: Opened) -> None:
+    """Run the stage in this process, or start its ranks and wait for them."""
+    from rlhf import launch
+
+    if world is None:
+        return work(job, stop, opened)
+    is_done = job.folder.is_finished
+    code = launch.launch(command.argv(), world, stage=job.folder.path, succeeded=is_done, watchdog_s=command.watchdog)
+    if code:
+        sys.exit(code)
 
 
 def checked(command: StageCommand, ranks: int) -> tuple[Job, LoadedRecipe]:

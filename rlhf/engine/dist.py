@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -12,17 +13,24 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor
+from torch.distributed import distributed_c10d as c10d
 
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 import deepspeed  # noqa: E402  reads DS_ACCELERATOR when it is imported
 
+from rlhf import pulse  # noqa: E402
 from rlhf.errors import UserError  # noqa: E402
 
 T = TypeVar("T")
+_LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 
 
-def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
-    """Join the group that the launcher describes in the environment, or a group of one. Returns this rank's device."""
+def start(timeout_s: float = pulse.RANK_TIMEOUT_S) -> torch.device:
+    """Join the group that the launcher describes in the environment, or a group of one. Returns this rank's device.
+
+    The ranks of one machine find each other through a file, where the launcher names one, else over the network as
+    MASTER_ADDR and MASTER_PORT say. timeout_s: how long a rank waits for the others in any collective.
+    """
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     # Building the shared-memory op takes a compiler and 46 s, and it leaks a file in /dev/shm on every run.
@@ -32,16 +40,26 @@ def start(timeout: timedelta = timedelta(minutes=30)) -> torch.device:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     if not torch_dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            torch_dist.init_process_group(backend, timeout=timeout)
-        else:
-            for name in ("RANK", "LOCAL_RANK"):
-                os.environ[name] = "0"
-            os.environ["WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = "1"
-            torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        _join("nccl" if device.type == "cuda" else "gloo", timedelta(seconds=timeout_s))
     deepspeed.init_distributed(dist_backend=torch_dist.get_backend(), verbose=False)
     return device
+
+
+def _join(backend: str, timeout: timedelta) -> None:
+    # DeepSpeed makes groups of its own and says nothing of time: these take what torch has as its defaults.
+    c10d.default_pg_timeout = c10d.default_pg_nccl_timeout = timeout
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        rank, size, file = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), pulse.rendezvous()
+        store = None if file is None else torch_dist.FileStore(str(file), size)
+        place = {} if store is None else {"store": store, "rank": rank, "world_size": size}
+        torch_dist.init_process_group(backend, timeout=timeout, **place)
+        return
+    for name in ("RANK", "LOCAL_RANK"):
+        os.environ[name] = "0"
+    os.environ["WORLD_SIZE"] = os.environ["LOCAL_SIZE"] = "1"
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):  # alone it talks to nobody, and yet it listens
+        os.environ.setdefault(name, _LOOPBACK)
+    torch_dist.init_process_group(backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def finish() -> None:

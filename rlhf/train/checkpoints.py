@@ -11,9 +11,10 @@ from typing import Any, Protocol
 
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import CheckpointError, FailingDiskError, NoRoomError, UserError
+from rlhf.errors import FailingDiskError, NoRoomError, UserError
 from rlhf.run import commit
 from rlhf.run.disk import require_room, tree_bytes
+from rlhf.run.layout import refuse_other_layout
 from rlhf.run.stage import StageDir
 from rlhf.train.pool import Budget
 from rlhf.train.standing import Standing
@@ -208,14 +209,7 @@ def best_checkpoint(folder: StageDir, standing: Standing) -> list[Path]:
 def load_checkpoint(path: Path, running: Running) -> int:
     """Read a complete checkpoint into what `Checkpoints` was given. Returns the number of finished steps."""
     manifest = commit.read_json(path / commit.MANIFEST)
-    now = _layout(running.engines)
-    for key, value in now.items():
-        if manifest[key] != value:
-            raise CheckpointError(
-                f"expected {key} {manifest[key]}, found {value}: optimizer state is cut for one layout",
-                where=str(path),
-                fix="Resume with the same number of devices and the same zero.stage, or begin again with --restart.",
-            )
+    refuse_other_layout(path, _layout(running.engines))
     for name, kept in running.kept().items():
         kept.load(path / name)
     if running.state is not None:

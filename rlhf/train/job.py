@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf.pulse import RANK_TIMEOUT_S
 from rlhf.recipe.merge_rules import merged_models
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.reward_rules import named_rewards
@@ -116,6 +117,7 @@ class Job:
     launcher: int | None = None  # pid of the command that started the ranks and holds the stage folder
     code: frozenset[Path] = frozenset()  # reward files that the user named on the command line
     stop: StopRequest = field(default_factory=StopRequest)  # what takes long looks at it on the way
+    rank_timeout_s: float = RANK_TIMEOUT_S  # how long a rank waits for the others
 
     def distinct_parents(self) -> list[Parent]:
         """The finished stages that this one starts from, each once."""

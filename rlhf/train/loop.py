@@ -18,7 +18,7 @@ import torch
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import StoppedError, UserError
+from rlhf.errors import ResourceError, StoppedError, UserError, WorkerLostError
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train import memory
 from rlhf.train.guards import check_counts
@@ -190,8 +190,10 @@ def collect(course: Course, step: int) -> Collected:
     except StoppedError:
         course.save(step, wait=True)
         raise course.stopped(step) from None
-    except UserError:
-        course.save(step, wait=True)
+    except UserError as error:
+        # Memory runs out on one rank, and a lost one is gone: the others are elsewhere; a checkpoint takes them all.
+        if dist.world_size() == 1 or not isinstance(error, (ResourceError, WorkerLostError)):
+            course.save(step, wait=True)
         raise
 
 

@@ -11,9 +11,10 @@ from pathlib import Path
 
 import torch
 
+from rlhf import pulse
 from rlhf.data.dealing import Unit, deal
 from rlhf.engine import dist
-from rlhf.errors import ResourceError
+from rlhf.errors import ResourceError, WorkerLostError
 from rlhf.train.objectives import Objective
 from rlhf.train.pool import CAREFUL, Budget, Micro, Pool
 
@@ -43,10 +44,18 @@ def keep_freed() -> None:
 
 @contextmanager
 def phase(what: str, lower: str) -> Iterator[None]:
-    """Say what ran out of memory, and which key of the recipe to lower. what: "out of memory in" it."""
+    """Say what ran out of memory, and which key of the recipe to lower, or where another rank was lost.
+
+    what: "out of memory in" it; the command that started the ranks is told of it, too.
+    """
     try:
-        yield
+        with pulse.doing(what):
+            yield
     except (MemoryError, RuntimeError) as error:
+        if dist.is_lost_peer(error):
+            told = str(error).splitlines()[0][:200]
+            lost = f"rank {dist.rank()} has lost another rank, in {what}: {told}"
+            raise WorkerLostError(lost, fix="The same command resumes.") from error
         if not is_out_of_memory(error):
             raise
         told = str(error).splitlines()[0] if str(error) else "no room"

@@ -27,6 +27,7 @@ from rlhf.recipe.schema import DataBlock
 from rlhf.recipe.stages import OnlineRecipe, Recipe
 from rlhf.run import commit
 from rlhf.run.disk import free_bytes, require_room
+from rlhf.run.layout import refuse_other_layout
 from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import memory, merging, stages
@@ -56,10 +57,12 @@ def run(job: Job, stop: StopRequest, held: Opened | None = None) -> bool:
     held: the stage folder where this process has opened it; ranks open it here, since all must hear of a refusal.
     """
     job = replace(job, stop=stop)
-    if dist.start().type == "cpu":
+    if dist.start(job.rank_timeout_s).type == "cpu":
         memory.keep_freed()
     console = Console(stderr=True)
     with opened(job, held) as (mode, checkpoint), logging_to(job, console), in_users_words(), asked_to_stop(job):
+        if checkpoint is not None:
+            refuse_other_layout(checkpoint, {"devices": dist.world_size()})
         if mode == "finished":
             logger.info("%s was finished before with the same inputs", job.folder.path)
             dist.finish()
@@ -314,15 +317,9 @@ def opened(job: Job, held: Opened | None) -> Iterator[tuple[str, Path | None]]:
 
 @contextmanager
 def in_users_words() -> Iterator[None]:
-    """Say what happened, and what to do, where memory runs out or another rank is gone."""
-    try:
-        with memory.phase("the stage outside of its steps", "the size of the models or of the data"):
-            yield
-    except RuntimeError as error:
-        if not dist.is_lost_peer(error):
-            raise
-        what = f"rank {dist.rank()} has lost another rank: {str(error).splitlines()[0][:200]}"
-        raise WorkerLostError(what, fix="The same command resumes.") from error
+    """Say what happened, and what to do, where memory runs out or another rank is gone; phases within say it closer."""
+    with memory.phase("the stage outside of its steps", "the size of the models or of the data"):
+        yield
 
 
 @contextmanager
@@ -366,7 +363,9 @@ def logging_to(job: Job, console: Console) -> Iterator[None]:
     except (StoppedError, WorkerLostError) as error:
         logger.info(str(error.what))
         raise
-    except Exception:
+    except Exception as error:
+        if not (dist.is_main() or isinstance(error, UserError)):  # a failure of this rank alone
+            handlers.append(job.folder.log_handler())
         for handler in handlers[1:]:  # the traceback is for the file; the user sees the message
             handler.handle(root.makeRecord(root.name, logging.ERROR, __file__, 0, "failed", (), sys.exc_info()))
         raise

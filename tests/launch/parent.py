@@ -16,6 +16,7 @@ try:
         succeeded=(folder / "done-0").exists,
         module="ranks",
         grace_s=20.0,
+        watchdog_s=4.0,
     )
 except WorkerLostError as error:
     print(error)

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+from rlhf import pulse
 from rlhf.launch import die_with_parent, is_worker, launcher_pid
 
 folder, rank = Path(sys.argv[1]), int(os.environ["RANK"])
@@ -36,6 +37,8 @@ if behaviour == "stubborn":
     subprocess.Popen(["sleep", "300"])
 shown = ("WORLD_SIZE", "OMP_NUM_THREADS", "DS_ACCELERATOR")
 facts = {"argv": sys.argv, "worker": is_worker(), "launcher": launcher_pid(), **{key: os.environ[key] for key in shown}}
+private = os.environ[pulse.FOLDER]
+facts |= {"folder": private, "folder_mode": os.stat(private).st_mode & 0o777}
 note("started", json.dumps(facts))
 sys.stdout.write(f"rank {rank} speaks\n")  # one write: unbuffered prints of two ranks would mix
 if behaviour == "done":
@@ -45,4 +48,5 @@ elif behaviour.startswith("exit"):
     time.sleep(1.5)
     sys.exit(int(behaviour.removeprefix("exit")))
 else:
-    time.sleep(300)
+    with pulse.doing("a nap"):
+        time.sleep(300)
