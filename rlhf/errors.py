@@ -17,6 +17,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+
 
 class UserError(Exception):
     """A failure with a place, a reason and a remedy; shown without a traceback."""
@@ -54,6 +57,25 @@ class NumericsError(UserError):
     """A non-finite number or a broken invariant."""
 
     exit_code = 5
+
+
+class NotFiniteError(NumericsError):
+    """A rollout with a number that is not finite: its step is left out, and the run ends where that goes on.
+
+    found: what is not finite -> a value of it. rows: the answers that hold it, by their places in the rollout.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: Mapping[str, str] = MappingProxyType({}),
+        rows: Sequence[int] = (),
+        where: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.found, self.rows = dict(found), list(rows)
 
 
 class BusyError(UserError):

@@ -81,6 +81,7 @@ class StageDir:
         self.provenance = self.path / PROVENANCE
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
         self.log = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -195,8 +196,8 @@ class StageDir:
         return ("resume" if checkpoint else "new"), checkpoint
 
     def cut_logs(self, step: int) -> None:
-        """Cut metrics and samples back to the first `step` finished steps; 0 empties them."""
-        for path in (self.metrics, self.samples):
+        """Cut metrics, samples and what was left out back to the first `step` finished steps; 0 empties them."""
+        for path in (self.metrics, self.samples, self.skipped):
             commit.cut_jsonl(path, step if step else -1)
 
     # -- what a stage writes about itself

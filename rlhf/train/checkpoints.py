@@ -14,7 +14,9 @@ from rlhf.engine.engine import Engine
 from rlhf.errors import CheckpointError
 from rlhf.run import commit
 from rlhf.run.stage import StageDir
+from rlhf.train.guards import check_weights
 from rlhf.train.pool import Budget
+from rlhf.train.skips import Skips
 
 logger = logging.getLogger("rlhf.checkpoint")
 
@@ -24,6 +26,9 @@ _STATE = "state.json"
 
 class Kept(Protocol):
     """Something with tensors of its own in a checkpoint: an engine, or an average of one."""
+
+    def bad_state(self) -> dict[str, str]:
+        """name -> value of this rank's tensors that are not finite."""
 
     def save(self, folder: Path) -> None:
         """Write it; every rank must call it."""
@@ -50,6 +55,7 @@ class Running:
     others: dict[str, Kept] = field(default_factory=dict)
     state: Remembered | None = None
     budget: Budget | None = None
+    skips: Skips | None = None
 
     def kept(self) -> dict[str, Kept]:
         """All tensors, by the name of their folder in a checkpoint."""
@@ -74,6 +80,7 @@ class Checkpoints:
         """Write the state after `step` finished steps; every rank must call it. The caller may go on training."""
         self.settle()
         running, final = self._running, self._folder.checkpoint(step)
+        dist.agreed(lambda: self._refuse_not_finite(step))
         temporary = Path(dist.from_main(str(commit.fresh_temporary(final)) if dist.is_main() else None))
         for name, kept in running.kept().items():
             kept.save(temporary / name)
@@ -82,9 +89,19 @@ class Checkpoints:
             if running.state is not None:
                 commit.write_json(temporary / _STATE, running.state.as_json())
             budget = running.budget
-            found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
+            found: dict[str, Any] = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
+            if running.skips is not None:
+                found["skips"] = running.skips.as_json()
             facts = {"step": step, **found, **_layout(running.engines)}
             self._in_flight = self._thread.submit(self._complete, temporary, final, facts)
+
+    def _refuse_not_finite(self, step: int) -> None:
+        for name, kept in self._running.kept().items():
+            check_weights(
+                kept.bad_state(),
+                f"{name} after step {step}",
+                f"It is not written: the newest checkpoint in {self._folder.checkpoints} stays. Lower train.lr.",
+            )
 
     def settle(self) -> None:
         """Wait until the last checkpoint is complete under its name; where it failed, every rank raises why."""
@@ -127,6 +144,8 @@ def load_checkpoint(path: Path, running: Running) -> int:
         running.state.restore(commit.read_json(path / _STATE))
     if running.budget is not None and "micro_tokens" in manifest:
         running.budget.settle(int(manifest["micro_tokens"]))
+    if running.skips is not None and "skips" in manifest:
+        running.skips.restore(manifest["skips"])
     return int(manifest["step"])
 
 

@@ -7,6 +7,7 @@ one.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,17 +19,19 @@ import torch
 from rlhf.algo.schedules import SCHEDULES
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import StoppedError, UserError
+from rlhf.errors import NotFiniteError, NumericsError, StoppedError, UserError
 from rlhf.recipe.schema import OptimBlock
 from rlhf.train import memory
-from rlhf.train.guards import check_counts
+from rlhf.train.guards import bad_fields, check_counts, check_reached
 from rlhf.train.metrics import Meter, MetricsLog, Totals
 from rlhf.train.objectives import Objective
 from rlhf.train.pool import Budget, Micro, Pool
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
+from rlhf.train.skips import ROLLOUT, Skips
 
 logger = logging.getLogger("rlhf.train")
+_BAD = "micro-batches whose loss is not finite"
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,7 @@ class Stage:
     checkpoint: Callable[[int], None]
     settle: Callable[[], None]  # waits until the last checkpoint is on the disk
     report: Callable[[int, str, float | None], None]
+    skips: Skips | None  # None where nothing is learned
     policy_starts: int = 0  # steps before which only the critic learns
     target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
     measures_move: bool = False  # look once more how far the policy has moved, after its last update
@@ -101,11 +105,15 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
         metrics["speed/tokens_per_second"] = collected.tokens / seconds
         metrics["speed/seconds"] = seconds
         done = step + 1
-        if stage.budget.is_open and collected.minibatches:
+        if stage.skips is not None:
+            metrics["train/skipped"] = float(stage.skips.total)
+        if stage.budget.is_open and collected.minibatches and not (stage.skips and stage.skips.in_a_row):
             memory.settle(stage.budget, stage.objectives, collected.minibatches[0])
         if stage.is_eval_step(done):
             metrics.update(stage.evaluate(done))
         further, alarm = stage.collector.learned(step, metrics)
+        if stage.skips is not None and stage.skips.reason is not None:
+            alarm = stage.skips.reason
         last.update(metrics | further)
         if done % stage.log_every == 0 or done == stage.steps or alarm:
             log.write(done, metrics | further)
@@ -115,12 +123,13 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
             stage.sample(done)
         stopping = dist.any_rank(stop.requested) and done < stage.steps
         due = stage.checkpoint_every and done % stage.checkpoint_every == 0 and done < stage.steps
-        if stopping or due or alarm:
-            stage.checkpoint(done)
-        if stopping or alarm:
-            stage.settle()
         if alarm:
+            keep(stage, done)
             raise alarm
+        if stopping or due:
+            stage.checkpoint(done)
+        if stopping:
+            stage.settle()
         if stopping:
             raise StoppedError(
                 f"stopped on request after step {done} of {stage.steps}", fix="The same command resumes."
@@ -130,49 +139,115 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
 
 
 def collect(stage: Stage, step: int, first_step: int) -> Collected:
-    """The batch of a step. Where it fails for a reason that all ranks know, what was learned so far is kept."""
+    """The batch of a step. Where it fails for a reason that all ranks know, what was learned so far is kept.
+
+    Nothing is learned from a rollout with a number that is not finite: the step goes by without an update.
+    """
     try:
-        return stage.collector.collect(step)
+        collected = stage.collector.collect(step)
+    except NotFiniteError as error:
+        if stage.skips is None:
+            raise
+        stage.skips.add(ROLLOUT, step, None, error.found, error.rows)
+        return Collected([])
     except UserError:
         if step > first_step:
-            stage.checkpoint(step)
-            stage.settle()
+            keep(stage, step)
         raise
+    if stage.skips is not None:
+        stage.skips.passed(ROLLOUT)
+    return collected
+
+
+def keep(stage: Stage, done: int) -> None:
+    """A checkpoint of a run that is about to end with an error of its own; one that is not finite is not written."""
+    try:
+        stage.checkpoint(done)
+        stage.settle()
+    except NumericsError as error:
+        logger.warning("no checkpoint of step %d: %s", done, error.what)
+
+
+@dataclass
+class Learning:
+    """What the updates of one step have come to so far."""
+
+    totals: dict[str, Totals]
+    norms: dict[str, list[float]]
+    metrics: dict[str, float] = field(default_factory=dict)
+    updates: int = 0  # of the policy
+    newest: int = 0  # the minibatch of the last of them
+    moved: float = 0.0
+    is_guarded: bool = False
+
+    def means(self) -> dict[str, float]:
+        """Metrics over all updates that were made."""
+        found = dict(self.metrics)
+        for name, total in self.totals.items():
+            found.update({key if "/" in key else f"{name}/{key}": value for key, value in total.means().items()})
+            if self.norms[name]:
+                found[f"{name}/grad_norm"] = sum(self.norms[name]) / len(self.norms[name])
+        return found
 
 
 def update(stage: Stage, step: int, collected: Collected) -> dict[str, float]:
     """All optimizer steps of one collected batch. Returns their metrics, averaged over the batch."""
     objectives = [o for o in stage.objectives if step >= stage.policy_starts or o.group == "value"]
-    totals = {objective.group: Totals() for objective in objectives}
-    norms: dict[str, list[float]] = {objective.group: [] for objective in objectives}
-    metrics: dict[str, float] = {}
-    updates, moved = 0, 0.0
+    groups = [objective.group for objective in objectives]
+    learning = Learning({group: Totals() for group in groups}, {group: [] for group in groups})
     for index, minibatch in enumerate(collected.minibatches):
         for engine, group in by_engine(objectives):
-            for objective in group:
-                found = push(stage, step, index, objective, minibatch)
-                totals[objective.group].add(found)
-                if index == 0 and objective is stage.objectives[0]:
-                    stage.collector.guard(step, found.means())
-                updates += objective.group == "policy"
-                if "kl_old" in found.values:
-                    metrics["policy/kl_moved"] = moved = found.means()["kl_old"]
-            leader = group[0]
-            rate = learning_rate(leader.optim, *update_number(stage, step, index, leader.group))
-            norms[leader.group].append(engine.step(rate))
-            metrics[f"{leader.group}/lr"] = rate
-            follow(stage, engine)
-        if stage.target_kl is not None and moved > stage.target_kl:
+            update_one(stage, step, index, engine, group, minibatch, learning)
+        if stage.target_kl is not None and learning.moved > stage.target_kl:
             break
-    if stage.measures_move and updates:
-        metrics["policy/kl_moved"] = measured(stage, collected.minibatches[updates - 1])["kl_old"]
-    for name, total in totals.items():
-        metrics.update({key if "/" in key else f"{name}/{key}": value for key, value in total.means().items()})
-        if norms[name]:
-            metrics[f"{name}/grad_norm"] = sum(norms[name]) / len(norms[name])
-    if stage.target_kl is not None and updates:
-        metrics["policy/updates"] = updates
-    return metrics
+    if stage.measures_move and learning.updates:
+        learning.metrics["policy/kl_moved"] = measured(stage, collected.minibatches[learning.newest])["kl_old"]
+    if stage.target_kl is not None and learning.updates:
+        learning.metrics["policy/updates"] = learning.updates
+    return learning.means()
+
+
+def update_one(
+    stage: Stage, step: int, index: int, engine: Engine, group: list[Objective], minibatch: Pool, learning: Learning
+) -> None:
+    """One optimizer step of an engine, of the objectives that share it; it is left out where a number is not finite."""
+    assert stage.skips is not None, "a stage that learns counts what it leaves out"
+    leader = group[0].group
+    rate = learning_rate(group[0].optim, *update_number(stage, step, index, leader))
+    if not math.isfinite(rate):
+        stage.skips.add(leader, step, index, {"learning rate": str(rate)}, [])
+        return
+    pushed = []
+    for objective in group:
+        pushed.append(push(stage, step, index, objective, minibatch))
+        if objective is stage.objectives[0] and pushed[-1].is_finite and not learning.is_guarded:
+            stage.collector.guard(step, pushed[-1].totals.means())
+            learning.is_guarded = True
+    refuse_unreached(engine, leader)
+    norm = engine.step(rate)
+    if engine.is_skipped:
+        found = {name: value for each in pushed for name, value in each.suspects.items()} | engine.not_finite
+        rows = [row for each in pushed for row in each.suspect_rows]
+        stage.skips.add(leader, step, index, found, rows or [row for each in pushed for row in each.rows])
+        return
+    stage.skips.passed(leader)
+    for objective, each in zip(group, pushed, strict=True):
+        learning.totals[objective.group].add(each.totals)
+        if objective.group == "policy":
+            learning.updates, learning.newest = learning.updates + 1, index
+        if "kl_old" in each.totals.values:
+            learning.metrics["policy/kl_moved"] = learning.moved = each.totals.means()["kl_old"]
+    learning.norms[leader].append(norm)
+    learning.metrics[f"{leader}/lr"] = rate
+    follow(stage, engine)
+
+
+def refuse_unreached(engine: Engine, what: str) -> None:
+    """Before an engine's first step, every tensor that it trains has got a gradient from a backward of some rank."""
+    mine = engine.unreached()
+    if mine is not None:
+        everywhere = set.intersection(*(set(names) for names in dist.gather_objects(mine)))
+        check_reached(sorted(everywhere), len(engine.trained), what)
 
 
 def follow(stage: Stage, engine: Engine) -> None:
@@ -205,20 +280,39 @@ def by_engine(objectives: list[Objective]) -> list[tuple[Engine, list[Objective]
     return [(group[0].engine, group) for group in groups]
 
 
-def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: Pool) -> Totals:
+@dataclass
+class Pushed:
+    """What an objective's backward passes over a minibatch have come to."""
+
+    totals: Totals
+    is_finite: bool  # the loss of every micro-batch on every rank
+    rows: list[int]  # numbers of the records that this rank has learned from, where they are known
+    suspect_rows: list[int]  # those of micro-batches whose loss is not finite
+    suspects: dict[str, str]  # and what in them is not either: name -> value
+
+
+def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: Pool) -> Pushed:
     """Add an objective's gradient of a whole minibatch. Returns its metrics over all ranks."""
-    meter = Meter()
-    micros = list(minibatch.of(objective.group).cut(stage.budget))  # equally many on every rank
+    meter, pool = Meter(), minibatch.of(objective.group)
+    micros = list(pool.cut(stage.budget))  # equally many on every rank
     counts = counted(objective, micros)
     may_be_empty = objective.optional
     check_counts({name: count for name, count in counts.items() if name not in may_be_empty}, step, index)
     meter.add_counts(counts)
     divisors = {name: count or 1.0 for name, count in counts.items()}  # the sum over nothing is 0
+    bad: list[Micro] = []
     for micro in micros:
         loss = micro.weighed(objective.loss(micro.rows))
-        objective.engine.backward(loss, divisors)
+        if not math.isfinite(objective.engine.backward(loss, divisors)):
+            bad.append(micro)
         meter.add(loss.metrics)
-    return meter.reduce()
+    meter.add_counts({_BAD: 1.0})
+    meter.add({_BAD: (torch.tensor(len(bad)), _BAD)})
+    totals = meter.reduce()
+    is_finite = not totals.values.pop(_BAD)[0]
+    found = [each for micro in bad for each in bad_fields(micro.rows).items()]
+    suspects = {name: str(float(values[where][0])) for name, (values, _, where) in found}
+    return Pushed(totals, is_finite, pool.records_of(micros), pool.records_of(bad), suspects)
 
 
 def update_number(stage: Stage, step: int, index: int, group: str) -> tuple[int, int]:

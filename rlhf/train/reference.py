@@ -131,4 +131,4 @@ def with_reference(data: Dataset, logprobs: Tensor) -> Dataset:
             return replace(found, ref=given[:, 0], ref_mismatched=mismatched)
         return replace(found, ref=given[:, : found.present.shape[1]] if isinstance(found, Lists) else given)
 
-    return Dataset(data.lengths, data.costs, batch)
+    return replace(data, batch=batch)

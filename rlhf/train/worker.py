@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from rlhf.data import chat
 from rlhf.data.examples import Loaded, load_examples
 from rlhf.engine import dist
+from rlhf.engine.finite import not_finite
 from rlhf.errors import StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
@@ -29,6 +31,7 @@ from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import memory, merging, stages
 from rlhf.train.checkpoints import Checkpoints, load_checkpoint
+from rlhf.train.guards import check_weights
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
@@ -190,6 +193,7 @@ def heartbeat(job: Job, steps: int, done: int, name: str, value: float | None) -
 
 def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: dict[str, str | None] | None) -> None:
     """Write the trained models as Hugging Face folders; the manifest comes last. base: what an adapter stands on."""
+    folder = job.folder
     statistics = parts.statistics() if parts.statistics is not None else None
     if statistics is not None:
         set_statistics(parts.published["model"][0].module.core.config, statistics)
@@ -197,10 +201,11 @@ def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: di
         average = parts.averages[part] if part in parts.averages else None
         with average.swapped() if average is not None else nullcontext():
             state = engine.state_dict()
+        dist.agreed(partial(refuse_not_finite, job, part, state))
         if state is not None:
             if kind == "policy":  # plain `generate` must stop where our rollouts do
                 engine.module.core.generation_config.eos_token_id = parts.stop_ids
-            target = job.folder.export_dir(part)
+            target = folder.export_dir(part)
             module, weights = published(engine, state)
             (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
         dist.barrier()
@@ -218,8 +223,14 @@ def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: di
             **(statistics.facts() if statistics is not None else {}),
             "adapter_base": base,
         }
-        job.folder.publish(kind, facts, parts.steps)
+        folder.publish(kind, facts, parts.steps)
     dist.barrier()
+
+
+def refuse_not_finite(job: Job, part: str, state: dict[str, torch.Tensor] | None) -> None:
+    """Weights that are about to be published are finite, or nothing is."""
+    fix = f"Nothing is published; checkpoints are in {job.folder.checkpoints}. Lower train.lr."
+    check_weights(not_finite(state or {}), str(job.folder.path / part), fix)
 
 
 def base_model(job: Job) -> str:
