@@ -5,6 +5,7 @@
     |- DataError                 exit 3   a data file, a row, or nothing left to train on
     |- CheckpointError           exit 4   a parent stage, model folder or checkpoint: missing, unfinished, wrong kind
     |- NumericsError             exit 5   a loss, gradient or invariant that must not be trained on
+    |  `- NotFiniteError         exit 5   a rollout with a number that is not finite
     |- BusyError                 exit 6   another process holds the stage folder
     |- ResourceError             exit 7   disk or memory
     |- ServiceError              exit 8   something outside (a reward server, the hub)

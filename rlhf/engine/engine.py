@@ -60,6 +60,7 @@ class Engine:
         self.role = role
         self.is_skipped = False  # the last step
         self.not_finite: dict[str, str] = {}  # what this rank has seen in this update or the last: name -> value
+        self.saw_not_finite = False  # in the loss or the metrics of the newest micro-batch
         self._is_pushing = False  # between the first backward of an update and its step
         self._outputs: list[Tensor] = []  # of the newest forward pass with a gradient
         self._unreached: set[str] | None = None  # trained parameters that no backward of the first update has reached
@@ -151,23 +152,26 @@ class Engine:
     def backward(self, loss: Loss, counts: dict[str, float]) -> float:
         """Add the gradient of one micro-batch. Returns this micro-batch's share of the global loss.
 
-        counts: denominator name -> global count over all ranks and micro-batches of the optimizer step. A share that is
-        not finite makes the gradient NaN, so that every rank leaves out the step.
+        counts: denominator name -> global count over all ranks and micro-batches of the optimizer step. A loss or a
+        metric that is not finite makes the gradient NaN, so that every rank leaves out the step.
         """
         if not self._is_pushing:
             self._is_pushing, self.not_finite = True, {}
-            self._note({f"weight {name}": value for name, value in self.bad_weights(self.trained).items()})
+            self._note({f"{finite.WEIGHT}{name}": value for name, value in self.bad_weights(self.trained).items()})
         total = sum_terms(loss, counts)
-        share = float(total.detach())
-        if not math.isfinite(share):
-            terms = {f"loss term {name}": total.detach() for name, (total, _, _) in loss.terms.items()}
-            outputs = {f"output {place} of the model": output for place, output in enumerate(self._outputs)}
-            self._note({"loss": str(share), **finite.not_finite(terms), **finite.not_finite(outputs)})
+        sums = [total, *(value for value, _ in loss.metrics.values())]
+        numbers = torch.stack([each.detach().to(total.device, torch.float64) for each in sums])
+        self.saw_not_finite = not numbers.isfinite().all()
+        if self.saw_not_finite:
+            found = {"loss": total} | {f"loss term {name}": value for name, (value, _, _) in loss.terms.items()}
+            found |= {f"output {place} of the model": output for place, output in enumerate(self._outputs)}
+            found |= {f"sum of {name}": value for name, (value, _) in loss.metrics.items()}
+            self._note(finite.not_finite(found))
         self._outputs = []
         self.enter()  # checkpointed layers run once more
         # DeepSpeed averages gradients over ranks; the counts are global already, so the average is undone here.
         self._engine.backward(total * dist.world_size())
-        return share
+        return float(numbers[0])
 
     def step(self, lr: float) -> float:
         """Apply the accumulated gradient. Returns its global norm before clipping, NaN where the step is left out."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlhf.engine.zero import is_sharded
 
-GRADIENT = "gradient of "
+GRADIENT, WEIGHT = "gradient of ", "weight "  # how they are called, with their names behind
 
 
 def not_finite(tensors: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]) -> dict[str, str]:

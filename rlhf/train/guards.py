@@ -194,6 +194,16 @@ def check_weights(bad: Mapping[str, str], what: str, fix: str) -> None:
         raise NumericsError(f"expected finite weights, found {value} in {name}{further}", where=what, fix=fix)
 
 
+def check_padding(gap: float, dtype: str, what: str) -> None:
+    """Refuse a model whose numbers depend on the padding beside a row. gap: by `RoleModule.padding_gap`."""
+    if not gap <= _SAME_WEIGHTS[dtype]:
+        raise NumericsError(
+            f"expected a row's numbers to be the same with padding and without, found a difference of {gap:.3g}",
+            where=what,
+            fix="The model's code does not look at its attention mask or positions: it cannot be trained in batches.",
+        )
+
+
 def check_reached(unreached: Sequence[str], trained: int, what: str) -> None:
     """Refuse to go on where a trained parameter has got no gradient in the first update, on any rank.
 

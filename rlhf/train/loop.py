@@ -31,7 +31,7 @@ from rlhf.train.signals import StopRequest
 from rlhf.train.skips import ROLLOUT, Skips
 
 logger = logging.getLogger("rlhf.train")
-_BAD = "micro-batches whose loss is not finite"
+_BAD = "micro-batches with a number that is not finite"
 
 
 @dataclass(frozen=True)
@@ -105,15 +105,10 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
         metrics["speed/tokens_per_second"] = collected.tokens / seconds
         metrics["speed/seconds"] = seconds
         done = step + 1
-        if stage.skips is not None:
-            metrics["train/skipped"] = float(stage.skips.total)
-        if stage.budget.is_open and collected.minibatches and not (stage.skips and stage.skips.in_a_row):
-            memory.settle(stage.budget, stage.objectives, collected.minibatches[0])
+        settle_budget(stage, collected)
         if stage.is_eval_step(done):
             metrics.update(stage.evaluate(done))
-        further, alarm = stage.collector.learned(step, metrics)
-        if stage.skips is not None and stage.skips.reason is not None:
-            alarm = stage.skips.reason
+        further, alarm = learned(stage, step, metrics)
         last.update(metrics | further)
         if done % stage.log_every == 0 or done == stage.steps or alarm:
             log.write(done, metrics | further)
@@ -136,6 +131,21 @@ def fit(stage: Stage, first_step: int, log: MetricsLog, progress: Progress, stop
             )
     stage.settle()
     return last
+
+
+def settle_budget(stage: Stage, collected: Collected) -> None:
+    """Measure how much goes through the models at once, where that is open, behind the first step with an update."""
+    is_learned = bool(collected.minibatches) and not (stage.skips is not None and stage.skips.in_a_row)
+    if stage.budget.is_open and is_learned:
+        memory.settle(stage.budget, stage.objectives, collected.minibatches[0])
+
+
+def learned(stage: Stage, step: int, metrics: dict[str, float]) -> tuple[dict[str, float], UserError | None]:
+    """What the collector makes of a finished step, what has been left out, and a reason to end the run, if any."""
+    further, reason = stage.collector.learned(step, metrics)
+    if stage.skips is None:
+        return further, reason
+    return {**further, "train/skipped": float(stage.skips.total)}, stage.skips.reason or reason
 
 
 def collect(stage: Stage, step: int, first_step: int) -> Collected:
@@ -285,7 +295,7 @@ class Pushed:
     """What an objective's backward passes over a minibatch have come to."""
 
     totals: Totals
-    is_finite: bool  # the loss of every micro-batch on every rank
+    is_finite: bool  # loss and metrics of every micro-batch on every rank
     rows: list[int]  # numbers of the records that this rank has learned from, where they are known
     suspect_rows: list[int]  # those of micro-batches whose loss is not finite
     suspects: dict[str, str]  # and what in them is not either: name -> value
@@ -303,7 +313,8 @@ def push(stage: Stage, step: int, index: int, objective: Objective, minibatch: P
     bad: list[Micro] = []
     for micro in micros:
         loss = micro.weighed(objective.loss(micro.rows))
-        if not math.isfinite(objective.engine.backward(loss, divisors)):
+        objective.engine.backward(loss, divisors)
+        if objective.engine.saw_not_finite:
             bad.append(micro)
         meter.add(loss.metrics)
     meter.add_counts({_BAD: 1.0})

@@ -15,7 +15,7 @@ from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
-from rlhf.train.guards import check_weights
+from rlhf.train.guards import check_padding, check_weights
 from rlhf.train.job import Job
 from rlhf.train.reference import Reference
 
@@ -128,6 +128,7 @@ def _engine(role: str, module: RoleModule, zero: ZeroBlock, dtype: str, optim: O
     engine = Engine(module, zero, bf16=dtype == "bf16", optim=optim)
     refuse_not_finite(engine, role)
     layout = module.prove(engine)
+    check_padding(module.padding_gap(engine), dtype, role)
     trained, total = engine.num_elements()
     text = "frozen" if optim is None else f"{trained:,} trained"
     kind = type(module.core).__name__

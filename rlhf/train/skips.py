@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.engine import dist
-from rlhf.engine.finite import GRADIENT
+from rlhf.engine.finite import GRADIENT, WEIGHT
 from rlhf.errors import NumericsError
 from rlhf.run.commit import append_jsonl
 
@@ -49,8 +49,9 @@ class Skips:
         self.in_a_row[group] = self.in_a_row[group] + 1 if group in self.in_a_row else 1
         seen = dist.gather_objects((found, sorted(set(rows))))
         tensors = [(rank, *each) for rank, (values, _) in enumerate(seen) for each in values.items()]
-        # A loss that is not finite on one rank makes the gradients on all so.
+        # A loss that is not finite on one rank makes the gradients on all so, a weight all that is computed with it.
         causes = [each for each in tensors if not each[1].startswith(GRADIENT)]
+        causes.sort(key=lambda each: not each[1].startswith(WEIGHT))
         tensors = causes or tensors or [(0, "gradient norm", "inf")]  # of gradients that are finite one by one
         place = f"step {step + 1}" + ("" if index is None else f", minibatch {index + 1}")
         what = f"{tensors[0][1]} is {tensors[0][2]} on rank {tensors[0][0]}"
