@@ -5,6 +5,7 @@
     |- DataError                 exit 3   a data file, a row, or nothing left to train on
     |- CheckpointError           exit 4   a parent stage, model folder or checkpoint: missing, unfinished, wrong kind
     |- NumericsError             exit 5   a loss, gradient or invariant that must not be trained on
+    |  `- NotFiniteError         exit 5   a rollout with a number that is not finite
     |- BusyError                 exit 6   another process holds the stage folder
     |- ResourceError             exit 7   disk or memory
     |  |- NoRoomError                     a full disk or an exhausted quota
@@ -18,6 +19,9 @@
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 
 class UserError(Exception):
@@ -56,6 +60,25 @@ class NumericsError(UserError):
     """A non-finite number or a broken invariant."""
 
     exit_code = 5
+
+
+class NotFiniteError(NumericsError):
+    """A rollout with a number that is not finite: its step is left out, and the run ends where that goes on.
+
+    found: what is not finite -> a value of it. rows: the answers that hold it, by their places in the rollout.
+    """
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        found: Mapping[str, str] = MappingProxyType({}),
+        rows: Sequence[int] = (),
+        where: str | None = None,
+        fix: str | None = None,
+    ) -> None:
+        super().__init__(what, where=where, fix=fix)
+        self.found, self.rows = dict(found), list(rows)
 
 
 class BusyError(UserError):

@@ -176,6 +176,7 @@ CASES = {
             "train.seed": 7,
             "train.micro_batch": 3,
             "train.micro_tokens": 200,
+            "train.max_skipped": 1,
             "train.rollout_batch": 4,
             "data": {
                 "sources": [

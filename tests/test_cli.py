@@ -44,6 +44,7 @@ EXIT_CODES = {
     "DataError": 3,
     "CheckpointError": 4,
     "NumericsError": 5,
+    "NotFiniteError": 5,
     "BusyError": 6,
     "ResourceError": 7,
     "NoRoomError": 7,

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rlhf.engine import dist
+from rlhf.engine import dist, finite
 from rlhf.engine.engine import Engine
 from rlhf.engine.zero import is_sharded
 from rlhf.errors import CheckpointError
@@ -62,6 +62,10 @@ class Ema:
             _held(parameter).copy_(values[name])
             if is_whole:
                 parameter.all_gather()
+
+    def bad_state(self) -> dict[str, str]:
+        """name -> value of this rank's averages that are not finite."""
+        return finite.not_finite({f"average of {name}": value for name, value in self.average.items()})
 
     def bytes_to_save(self) -> int:
         """What `save` writes, over all ranks."""

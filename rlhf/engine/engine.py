@@ -8,7 +8,7 @@ not depend on how the rows were spread.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.batch import Loss
-from rlhf.engine import dist, zero
+from rlhf.engine import dist, finite, zero
 from rlhf.engine.proximal import PullToStart
 from rlhf.engine.writer import CheckpointWriter
-from rlhf.errors import CheckpointError, NumericsError, UnsafeError
+from rlhf.errors import CheckpointError, UnsafeError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
 _TAG = "deepspeed"
@@ -39,6 +39,9 @@ class Engine:
     Several engines may train parts of one module: each says which `role` the module plays when it is called through
     the engine, and which parameters are `trained` for it. They must be all that the role's loss reaches: ZeRO-3 gives
     a trained parameter without a gradient the one of the step before. beside: an engine that has the module already.
+
+    A step in which a number is not finite on any rank is left out on all of them: `is_skipped`, and `not_finite` says
+    what this rank saw. Nothing of it stays: weights, optimizer state and step counters are as before.
     """
 
     def __init__(
@@ -56,6 +59,13 @@ class Engine:
         self.zero = zero_block
         self.optim = optim
         self.role = role
+        self.is_skipped = False  # the last step
+        self.not_finite: dict[str, str] = {}  # what this rank has seen in this update or the last: name -> value
+        self.saw_not_finite = False  # in the loss or the metrics of the newest micro-batch
+        self._is_pushing = False  # between the first backward of an update and its step
+        self._outputs: list[Tensor] = []  # of the newest forward pass with a gradient
+        self._unreached: set[str] | None = None  # trained parameters that no backward of the first update has reached
+        self._watches: list[Any] = []
         self._grad_norm = math.nan
         self.updates = 0  # optimizer steps taken in this process
         self._all: list[Engine] = beside._all if beside is not None else []  # the engines of this module
@@ -70,7 +80,8 @@ class Engine:
             own = {id(parameter) for parameter in trained or [p for p in module.parameters() if p.requires_grad]}
             self.trained = {name: p for name, p in module.named_parameters() if id(p) in own}
             optimizer = _optimizer(self.trained.values(), optim)
-            optimizer.register_step_pre_hook(self._refuse_before_step if zero_block.stage else self._clip_before_step)
+            if zero_block.stage == 0:
+                optimizer.register_step_pre_hook(self._clip_before_step)
             config = zero.trained_config(zero_block, optim, bf16=bf16)
             self._engine = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
@@ -79,6 +90,10 @@ class Engine:
             self._engine.checkpoint_engine = self._writer = CheckpointWriter(self._engine._config)
             # Scripts that read the files without us: no code lies in a checkpoint, and rank 0 would fail alone.
             self._engine._copy_recovery_script = lambda _: None
+            self._unreached = set(self.trained)
+            self._watches = [p.register_hook(self._reach(name)) for name, p in self.trained.items()]
+            if zero_block.stage:
+                self._name_gradients_in_time()
 
     def pull_to_start(self, l1: float) -> None:
         """Hold the trained weights to what they are now, by an L1 penalty on the change. Call it before `load`."""
@@ -90,7 +105,8 @@ class Engine:
         else:
             weights = optimizer.single_partition_of_fp32_groups
         base = optimizer if self.zero.stage == 0 else optimizer.optimizer
-        base.register_step_post_hook(PullToStart(weights, l1))
+        pull = PullToStart(weights, l1)
+        base.register_step_post_hook(lambda *step: None if self.is_skipped else pull(*step))
 
     @property
     def module(self) -> nn.Module:
@@ -105,7 +121,17 @@ class Engine:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.role is not None:
             kwargs = {"role": self.role, **kwargs}
-        return self._engine(*args, **kwargs)
+        found = self._engine(*args, **kwargs)
+        if self.optim is not None and torch.is_grad_enabled():
+            parts = found if isinstance(found, tuple) else (found,)
+            self._outputs = [part for part in parts if torch.is_tensor(part) and part.requires_grad]
+            for part in self._outputs:
+                part.register_hook(self._spoil)
+        return found
+
+    def _spoil(self, gradient: Tensor) -> Tensor | None:
+        """A loss that is not finite may have a gradient that is: then the gradient must not be, on any rank."""
+        return torch.full_like(gradient, math.nan) if self.not_finite else None
 
     def num_elements(self) -> tuple[int, int]:
         """(trained weights, all weights of the module), counted whole whatever this rank holds."""
@@ -142,44 +168,104 @@ class Engine:
     def backward(self, loss: Loss, counts: dict[str, float]) -> float:
         """Add the gradient of one micro-batch. Returns this micro-batch's share of the global loss.
 
-        counts: denominator name -> global count over all ranks and micro-batches of the optimizer step.
+        counts: denominator name -> global count over all ranks and micro-batches of the optimizer step. A loss or a
+        metric that is not finite makes the gradient NaN, so that every rank leaves out the step.
         """
+        if not self._is_pushing:
+            self._is_pushing, self.not_finite = True, {}
+            self._note({f"{finite.WEIGHT}{name}": value for name, value in self.bad_weights(self.trained).items()})
         total = sum_terms(loss, counts)
-        if not torch.isfinite(total):
-            raise NumericsError(
-                f"the loss is {total.item()} on rank {dist.rank()}",
-                fix="The weights were not changed. Lower train.lr, or look at the last rows of metrics.jsonl.",
-            )
+        sums = [total, *(value for value, _ in loss.metrics.values())]
+        numbers = torch.stack([each.detach().to(total.device, torch.float64) for each in sums])
+        self.saw_not_finite = not numbers.isfinite().all()
+        if self.saw_not_finite:
+            found = {"loss": total} | {f"loss term {name}": value for name, (value, _, _) in loss.terms.items()}
+            found |= {f"output {place} of the model": output for place, output in enumerate(self._outputs)}
+            found |= {f"sum of {name}": value for name, (value, _) in loss.metrics.items()}
+            self._note(finite.not_finite(found))
+        self._outputs = []
         self.enter()  # checkpointed layers run once more
         # DeepSpeed averages gradients over ranks; the counts are global already, so the average is undone here.
         self._engine.backward(total * dist.world_size())
-        return float(total.detach())
+        return float(numbers[0])
 
     def step(self, lr: float) -> float:
-        """Apply the accumulated gradient. Returns its global norm before clipping."""
-        for group in self._engine.optimizer.param_groups:
+        """Apply the accumulated gradient. Returns its global norm before clipping, NaN where the step is left out."""
+        assert math.isfinite(lr), lr
+        optimizer = self._engine.optimizer
+        for group in optimizer.param_groups:
             group["lr"] = lr
+        for watch in self._watches:
+            watch.remove()
+        self._watches, self.is_skipped = [], False
         self._engine.step()
         self.updates += 1
         if self.zero.stage:
-            self._refuse_before_step()  # again: in fp32 DeepSpeed itself has skipped the step, without a word
+            self.is_skipped = bool(optimizer.overflow)
+            norm = optimizer._global_grad_norm
+            self._grad_norm = math.nan if norm is None or self.is_skipped else float(norm)
+        assert self.is_skipped or not self.not_finite, f"stepped with {self.not_finite}"
+        if self.is_skipped and self.zero.stage == 3:
+            # A parameter that the next backward does not reach would be given what is in here.
+            optimizer.grad_partitions_flat_buffer.zero_()
+        self._is_pushing = False
         return self._grad_norm
 
-    def _refuse_before_step(self, *_: Any) -> None:
-        """Stages 1 to 3: DeepSpeed has taken the norm over all ranks, so all of them stop where it is not finite."""
-        norm = self._engine.optimizer._global_grad_norm
-        self._grad_norm = math.nan if norm is None or norm < 0 else float(norm)  # -1 stands for not finite
-        if not math.isfinite(self._grad_norm):
-            raise _bad_gradient(self._grad_norm)
+    def _note(self, found: dict[str, str]) -> None:
+        self.not_finite |= {name: value for name, value in found.items() if name not in self.not_finite}
+
+    def _note_gradients(self, named: Iterable[tuple[str, Tensor]]) -> None:
+        if not self.not_finite:  # else they follow from it
+            self._note(finite.not_finite((f"{finite.GRADIENT}{name}", gradient) for name, gradient in named))
+
+    def bad_weights(self, parameters: dict[str, nn.Parameter] | None = None) -> dict[str, str]:
+        """name -> value of the weights that are not finite, of those that this rank holds (of the module: all)."""
+        chosen = dict(self.module.named_parameters()) if parameters is None else parameters
+        return finite.not_finite(finite.held(chosen.items()))
+
+    def bad_state(self) -> dict[str, str]:
+        """The same of all that `save` writes: trained weights, and what the optimizer remembers."""
+        state = finite.state_tensors(self._engine.optimizer, self.zero.stage)
+        return self.bad_weights(self.trained) | finite.not_finite(state)
+
+    def unreached(self) -> list[str] | None:
+        """Before the first step: the trained parameters that no backward has given a gradient; later None."""
+        found, self._unreached = self._unreached, None
+        return None if found is None else sorted(found)
+
+    def _reach(self, name: str) -> Callable[[Tensor], None]:
+        def reached(gradient: Tensor) -> None:
+            if self._unreached is not None:
+                self._unreached.discard(name)
+
+        return reached
+
+    def _name_gradients_in_time(self) -> None:
+        """Stages 1 to 3: DeepSpeed finds out in its step, by the norm over all ranks, and clears what it has found.
+
+        Its clearing is the last moment to see which gradients they were.
+        """
+        optimizer = self._engine.optimizer
+        clear, names = optimizer.zero_grad, {id(parameter): name for name, parameter in self.trained.items()}
+
+        def named(set_to_none: bool = True) -> None:
+            if optimizer.overflow and self._is_pushing:
+                self._note_gradients((names[which], g) for which, g in finite.gradients(optimizer, self.zero.stage))
+            clear(set_to_none)
+
+        optimizer.zero_grad = named
 
     def _clip_before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        """Stage 0: see the norm, refuse a non-finite one before any weight changes, clip."""
+        """Stage 0: see the norm, clip; without gradients the optimizer leaves all as it is."""
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         norm = nn.utils.get_total_norm([p.grad for p in parameters])
         self._grad_norm = float(norm)
         if not math.isfinite(self._grad_norm):
-            raise _bad_gradient(self._grad_norm)
-        if self.optim is not None and self.optim.max_grad_norm > 0:
+            self.is_skipped, self._grad_norm = True, math.nan
+            self._note_gradients((name, p.grad) for name, p in self.trained.items() if p.grad is not None)
+            for parameter in parameters:
+                parameter.grad = None
+        elif self.optim is not None and self.optim.max_grad_norm > 0:
             nn.utils.clip_grads_with_norm_(parameters, self.optim.max_grad_norm, norm)
 
     @contextmanager
@@ -268,13 +354,6 @@ class Engine:
 def sum_terms(loss: Loss, counts: dict[str, float]) -> Tensor:
     """The scalar that a loss stands for: sum_i weight_i * sum_i / count[denominator_i]."""
     return torch.stack([weight * total / counts[name] for total, name, weight in loss.terms.values()]).sum()
-
-
-def _bad_gradient(norm: float) -> NumericsError:
-    return NumericsError(
-        f"the gradient norm is {norm}",
-        fix="The weights were not changed. Lower train.lr, or look at the last rows of metrics.jsonl.",
-    )
 
 
 def _optimizer(trained: Iterable[nn.Parameter], optim: OptimBlock) -> torch.optim.Optimizer:

@@ -24,7 +24,7 @@ def trained_config(zero: ZeroBlock, optim: OptimBlock, *, bf16: bool) -> dict[st
         "managed_gradient_accumulation": False,
         # At stage 0 the engine clips by itself, in a hook that also sees the norm before the step.
         "gradient_clipping": optim.max_grad_norm if zero.stage else 0.0,
-        "bf16": {"enabled": bf16},
+        "bf16": {"enabled": bf16, "check_grad_overflow": True},  # else it steps with what is not finite
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": _zero(zero, train=True),

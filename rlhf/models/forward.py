@@ -134,6 +134,22 @@ class RoleModule(nn.Module):
             return "packed rows"
         return f"padded rows (flat ones change this model's numbers by {gap:.2g})"
 
+    def padding_gap(self, call: Callable[..., Tensor]) -> float:
+        """Mean absolute difference between a row's numbers alone and with padding on both sides beside a longer row.
+
+        Log-probs, values or scores of four tokens, relative to those above 1. call: as for `prove`, which comes first.
+        """
+        vocabulary = self.core.get_input_embeddings().num_embeddings
+        device = next(self.parameters()).device
+        ids = (torch.arange(1, 33, device=device) * 37 % vocabulary).view(2, 16)
+        attention = torch.ones_like(ids, dtype=torch.bool)
+        attention[1, :3] = attention[1, -2:] = False
+        mask = attention[:, -6:]
+        with evaluating(self), torch.no_grad():
+            padded = call(ids, attention, mask)[1, :4].float()
+            alone = call(ids[1:, 3:14], attention[1:, 3:14], mask[1:, :4])[0].float()
+        return float(((padded - alone).abs() / alone.abs().clamp(min=1)).mean())
+
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:

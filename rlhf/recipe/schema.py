@@ -306,6 +306,12 @@ class LearnBlock(OptimBlock):
         None,
         description="rows per forward pass and device at most; auto: find micro_tokens by measuring memory",
     )
+    max_skipped: int = Field(
+        3,
+        ge=1,
+        description="so many updates in a row end the run that were left out because a number in them is not finite;"
+        " 1: the first does",
+    )
     seed: int = Field(0, ge=0, le=2**32 - 1, description="seed of everything random")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rlhf.batch import Rollout
-from rlhf.errors import NumericsError
+from rlhf.errors import NotFiniteError
 from rlhf.rewards.base import Column, Row, weighted_sum
 from rlhf.rewards.steps import summed
 
@@ -90,7 +91,7 @@ def model_part(score: Callable[[Tensor, Tensor], Tensor], cut: Cut, device: torc
         prompt_columns = rollout.ids.shape[1] - rollout.response_mask.shape[1]
         prompts = [row["row"] for row in rollout.rows]
         return _in_passes(
-            score, rollout.ids, rollout.attention, cut(rollout.attention, prompt_columns, prompts), device
+            score, rollout.ids, rollout.attention, cut(rollout.attention, prompt_columns, prompts), device, prompts
         )
 
     return part
@@ -123,7 +124,8 @@ def rendered_part(
             )
         called = [ids if fit else [pad_id] for ids, fit in zip(rows, fits, strict=True)]  # stand-ins: see above
         ids, attention = _padded(called, pad_id)
-        scores = _in_passes(score, ids, attention, cut(attention, 0, range(len(called))), device)
+        prompts = [row["row"] for row in rollout.rows]
+        scores = _in_passes(score, ids, attention, cut(attention, 0, range(len(called))), device, prompts)
         return [value if fit else None for value, fit in zip(scores, fits, strict=True)]
 
     return part
@@ -135,29 +137,35 @@ def _in_passes(
     attention: Tensor,
     passes: Iterable[tuple[list[int], bool]],
     device: torch.device,
+    records: Sequence[int],
 ) -> list[float]:
-    """Scores of all rows (B, T)."""
+    """Scores of all rows (B, T). records: numbers of the prompts' records."""
     scores = [0.0] * len(ids)
     with torch.no_grad():
         for rows, is_real in passes:
             columns = attention[rows].any(0).nonzero()  # of padding on either side the model need not know
             part = slice(int(columns[0]), int(columns[-1]) + 1)
             found = score(ids[rows, part].to(device), attention[rows, part].to(device))
-            for row, value in zip(rows, _finite(found) if is_real else (), strict=is_real):
+            for row, value in zip(rows, found.tolist() if is_real else (), strict=is_real):
                 scores[row] = value
-    return scores
+    return _finite(scores, records)
 
 
-def _finite(scores: Tensor) -> list[float]:
-    """A model's scores. What is not a number is the model's fault: it must not pass for an unscored answer."""
-    if not scores.isfinite().all():
-        raise NumericsError(
-            f"expected finite scores, found {int((~scores.isfinite()).sum())} of {len(scores)} that are not",
+def _finite(scores: list[float], records: Sequence[int]) -> list[float]:
+    """A model's scores. What is not a number is the model's fault: it must not pass for an unscored answer.
+
+    Told after the last pass, since ranks meet in each.
+    """
+    bad = [row for row, score in enumerate(scores) if not math.isfinite(score)]
+    if bad:
+        raise NotFiniteError(
+            f"expected finite scores, found {len(bad)} of {len(scores)} that are not",
+            found={"scores of the reward model": str(scores[bad[0]])},
+            rows=[records[row] for row in bad],
             where="reward model",
             fix="Score in fp32 (dtype of the reward), or look at the reward model's training.",
         )
-    found: list[float] = scores.tolist()
-    return found
+    return scores
 
 
 def standardised(part: Part, mean: float, std: float) -> Part:

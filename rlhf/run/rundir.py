@@ -6,6 +6,7 @@ runs/hh/
     status.json                   running | finished | failed | stopped, step, heartbeat, exit reason
     provenance.json               inputs, command, code, versions, devices, parents with content hashes, data
     metrics.jsonl  samples.jsonl  log.txt
+    skipped.jsonl                 updates that were left out because a number is not finite, with their rows
     checkpoints/step-000100/      own MANIFEST.json
     model/  critic/               the published result; of `label`: pairs.jsonl best.jsonl lists.jsonl answers.jsonl
     MANIFEST.json                 last: its existence means that the stage is finished

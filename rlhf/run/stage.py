@@ -111,6 +111,7 @@ class StageDir:
         self.provenance = self.path / PROVENANCE
         self.metrics = self.path / "metrics.jsonl"
         self.samples = self.path / "samples.jsonl"
+        self.skipped = self.path / "skipped.jsonl"
         self.log = self.path / "log.txt"
         self.checkpoints = self.path / "checkpoints"
         self.model = self.path / "model"
@@ -240,13 +241,14 @@ class StageDir:
         return ("resume" if checkpoint else "new"), checkpoint
 
     def cut_logs(self, step: int, *, redo: bool = False) -> None:
-        """Cut metrics and samples back to the first `step` finished steps; 0 empties them.
+        """Cut metrics, samples and what was left out back to the first `step` finished steps; 0 empties them.
 
         redo: the last of these steps writes its rows again.
         """
         last = step - 1 if redo or not step else step
         for path in (self.metrics, self.samples):
             commit.cut_jsonl(path, last)
+        commit.cut_jsonl(self.skipped, step if step else -1)  # written while a step learns, before it may be cut off
 
     # -- what a stage writes about itself
 

@@ -16,7 +16,9 @@ from rlhf.run import commit
 from rlhf.run.disk import require_room, tree_bytes
 from rlhf.run.layout import refuse_other_layout
 from rlhf.run.stage import StageDir
+from rlhf.train.guards import check_weights
 from rlhf.train.pool import Budget
+from rlhf.train.skips import Skips
 from rlhf.train.standing import Standing
 from rlhf.train.writing import library_writes
 
@@ -28,6 +30,9 @@ _STATE, _STANDING = "state.json", "loop.json"
 
 class Kept(Protocol):
     """Something with tensors of its own in a checkpoint: an engine, or an average of one."""
+
+    def bad_state(self) -> dict[str, str]:
+        """name -> value of this rank's tensors that are not finite."""
 
     def save(self, folder: Path) -> None:
         """Write it; every rank must call it, and where the disk refuses, say so after the last meeting of the ranks."""
@@ -58,6 +63,7 @@ class Running:
     state: Remembered | None = None
     budget: Budget | None = None
     standing: Standing = field(default_factory=Standing)
+    skips: Skips | None = None
 
     def kept(self) -> dict[str, Kept]:
         """All tensors, by the name of their folder in a checkpoint."""
@@ -94,6 +100,14 @@ class Checkpoints:
             self._clear(failure)
         self._begin(step)
 
+    def _refuse_not_finite(self, step: int) -> None:
+        for name, kept in self._running.kept().items():
+            check_weights(
+                kept.bad_state(),
+                f"{name} after step {step}",
+                f"It is not written: the newest checkpoint in {self._folder.checkpoints} stays. Lower train.lr.",
+            )
+
     def settle(self) -> None:
         """Wait until the last checkpoint is complete under its name; where it failed, every rank raises why."""
         while (failure := self._ended()) is not None:
@@ -105,6 +119,7 @@ class Checkpoints:
 
     def _begin(self, step: int) -> None:
         """Write the files, on every rank; the thread does the rest."""
+        dist.agreed(lambda: self._refuse_not_finite(step))
         self._begun = step, self._running.updates()
         temporary = None
         while temporary is None:
@@ -114,7 +129,9 @@ class Checkpoints:
                 self._clear(failure)
         if dist.is_main():
             budget = self._running.budget
-            found = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
+            found: dict[str, Any] = {"micro_tokens": budget.tokens} if budget is not None and budget.is_found else {}
+            if self._running.skips is not None:
+                found["skips"] = self._running.skips.as_json()
             facts = {"step": step, **found, **_layout(self._running.engines)}
             self._in_flight = self._thread.submit(
                 self._complete, temporary, self._folder.checkpoint(step), facts, self._best()
@@ -217,6 +234,8 @@ def load_checkpoint(path: Path, running: Running) -> int:
     running.standing.restore(commit.read_json(path / _STANDING))
     if running.budget is not None and "micro_tokens" in manifest:
         running.budget.settle(int(manifest["micro_tokens"]))
+    if running.skips is not None and "skips" in manifest:
+        running.skips.restore(manifest["skips"])
     return int(manifest["step"])
 
 

@@ -33,10 +33,15 @@ class Answers(Rows):
     scores: Tensor  # (B,)
     parts: Tensor  # (B, K) scores of single rewards, in the order of their names
     steps: Tensor | None = None  # (B, R) scores of steps at the tokens that end them, NaN elsewhere
+    records: Tensor | None = None  # (B,) numbers of the prompts' records in the data
 
     def lengths(self) -> Tensor:
         """Answer tokens, (B,)."""
         return self.response_mask.sum(-1)
+
+    def numbers(self) -> list[int]:
+        """Numbers of the prompts' records, where they are known."""
+        return [] if self.records is None else self.records.tolist()
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ They cost nothing and catch what trains wrong in silence. What a run may pass th
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
 from rlhf.batch import Rows
-from rlhf.errors import NumericsError
+from rlhf.errors import NotFiniteError, NumericsError
 
 # Largest mean difference, in nats per token, between two passes of the same weights over the same tokens.
 _SAME_WEIGHTS = {"fp32": 1e-3, "bf16": 0.1}
@@ -107,32 +107,47 @@ def check_ids(ids: Tensor, vocabulary: int, step: int) -> None:
         )
 
 
-def check_finite(experience: Rows, step: int) -> None:
-    """Refuse a rollout with a number that is not finite where it counts.
+def bad_fields(record: Rows) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """name -> (values, where they count, where they count and are not finite) of fields that are not as they must be.
 
-    experience: an `Experience`, or the scored rollout before it: any record with a `response_mask`, (B, R). Looks at
-    every field of floats of shape (B, R), under the mask, and (B,), in rows with a token under the mask: an unscored
-    answer has none, its score may be NaN. Padding may hold anything.
+    record: with a `response_mask`, (B, R), it is an `Experience` or a scored rollout: looks at every field of floats
+    of shape (B, R), under the mask, and (B,), in rows with a token under the mask: an unscored answer has none, its
+    score may be NaN. Padding may hold anything. Without one, at every field of floats.
     """
-    mask: Tensor = experience.response_mask  # type: ignore[attr-defined]
-    for name in (field.name for field in fields(experience)):  # type: ignore[arg-type]
-        values = getattr(experience, name)
+    mask: Tensor | None = record.response_mask if hasattr(record, "response_mask") else None
+    found: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for name in (field.name for field in fields(record)):  # type: ignore[arg-type]
+        values = getattr(record, name)
         if not torch.is_tensor(values) or not values.is_floating_point():
             continue
-        counted = mask if values.shape == mask.shape else mask.any(-1) if values.shape == mask.shape[:1] else None
-        if counted is None:
+        if mask is None:
+            counted = torch.ones_like(values, dtype=torch.bool)
+        elif values.shape in (mask.shape, mask.shape[:1]):
+            counted = mask if values.shape == mask.shape else mask.any(-1)
+        else:
             continue
         bad = counted & ~values.isfinite()
         if bad.any():
-            first = bad.nonzero()[0].tolist()
-            token = f", token {first[1]}" if len(first) > 1 else ""
-            raise NumericsError(
-                f"expected finite {name}, found {int(bad.sum())} of {int(counted.sum())} that are not, the first"
-                f" {float(values[tuple(first)])} in row {first[0]}{token}",
-                where=f"rollout {step + 1}",
-                fix="Log-probabilities and values come from the models (a learning rate too high, bf16), scores from"
-                " the rewards; advantages and returns inherit it from them. The weights are as after the last step.",
-            )
+            found[name] = (values, counted, bad)
+    return found
+
+
+def check_finite(experience: Rows, step: int, records: Sequence[int] = ()) -> None:
+    """Refuse a rollout with a number that is not finite where it counts, see `bad_fields`. records: of its prompts."""
+    found = bad_fields(experience)
+    places = {place[0] for _, _, bad in found.values() for place in bad.nonzero().tolist()}
+    for name, (values, counted, bad) in found.items():
+        first = bad.nonzero()[0].tolist()
+        token = f", token {first[1]}" if len(first) > 1 else ""
+        raise NotFiniteError(
+            f"expected finite {name}, found {int(bad.sum())} of {int(counted.sum())} that are not, the first"
+            f" {float(values[tuple(first)])} in row {first[0]}{token}",
+            found={name: str(float(values[bad][0])) for name, (values, _, bad) in found.items()},
+            rows=[records[place] for place in sorted(places)] if records else [],
+            where=f"rollout {step + 1}",
+            fix="Log-probabilities and values come from the models (a learning rate too high, bf16), scores from"
+            " the rewards; advantages and returns inherit it from them. The weights are as after the last step.",
+        )
 
 
 def check_scored(scored: int, answers: int, step: int) -> None:
@@ -166,3 +181,57 @@ def check_counts(counts: Mapping[str, float], step: int, index: int) -> None:
                 fix="All its answers are unscored, or unfinished and left out by scores.drop_unfinished: use fewer"
                 " train.minibatches, a reward that scores more answers, or a larger sampling.max_new_tokens.",
             )
+
+
+def check_weights(bad: Mapping[str, str], what: str, fix: str) -> None:
+    """Refuse weights (or what an optimizer remembers) that are not finite. bad: name of a tensor -> a value in it.
+
+    what: the sentence's place, e.g. "policy". fix: what to do.
+    """
+    if bad:
+        (name, value), more = next(iter(bad.items())), len(bad) - 1
+        further = f" and in {more} more tensors" if more else ""
+        raise NumericsError(f"expected finite weights, found {value} in {name}{further}", where=what, fix=fix)
+
+
+def check_padding(gap: float, dtype: str, what: str) -> None:
+    """Refuse a model whose numbers depend on the padding beside a row. gap: by `RoleModule.padding_gap`."""
+    if not gap <= _SAME_WEIGHTS[dtype]:
+        raise NumericsError(
+            f"expected a row's numbers to be the same with padding and without, found a difference of {gap:.3g}",
+            where=what,
+            fix="The model's code does not look at its attention mask or positions: it cannot be trained in batches.",
+        )
+
+
+def check_reached(unreached: Sequence[str], trained: int, what: str) -> None:
+    """Refuse to go on where a trained parameter has got no gradient in the first update, on any rank.
+
+    unreached: names of such parameters. An adapter's first matrix is reached, by a gradient of 0, while its second is
+    still 0. what: who is trained, e.g. "policy".
+    """
+    if unreached:
+        more = f" and {len(unreached) - _MOST_NAMED} more" if len(unreached) > _MOST_NAMED else ""
+        raise NumericsError(
+            f"expected a gradient for all {trained} trained tensors in the first update, found none for"
+            f" {len(unreached)}: {', '.join(unreached[:_MOST_NAMED])}{more}",
+            where=what,
+            fix="They would never learn: what the model computes does not depend on them. Freeze them, or train an"
+            " adapter on the layers that are used.",
+        )
+
+
+def check_start_loss(metrics: Mapping[str, float], beta: float, dtype: str) -> None:
+    """The sigmoid loss of DPO is ln 2 while policy and reference are the same.     [arXiv:2305.18290 eq. 7, ratios 1]
+
+    It may differ by what the log-probs of all tokens of both answers may.
+    """
+    found = metrics["loss_dpo"]
+    allowed = beta * _SAME_WEIGHTS[dtype] * (metrics["length_chosen"] + metrics["length_rejected"]) / 2
+    if abs(found - math.log(2)) > allowed:
+        raise NumericsError(
+            f"expected ln 2 = {math.log(2):.4f} up to {allowed:.2g} as the first loss, found {found:.4f}",
+            where="policy and reference at the start",
+            fix="The reference is not the policy that is trained: check dropout, dtype and the models named in the"
+            " recipe.",
+        )

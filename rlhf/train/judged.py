@@ -19,11 +19,11 @@ from rlhf.data.examples import AnswerExample, ListExample, Loaded, PairExample
 from rlhf.data.mismatch import partners as mismatched_partners
 from rlhf.errors import DataError
 from rlhf.recipe.loss_options import CringeLoss, DroVLoss
-from rlhf.recipe.pair_options import PairwiseCringeLoss
+from rlhf.recipe.pair_options import DpoLoss, PairwiseCringeLoss
 from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.train import roles
 from rlhf.train.coupling import PreferenceCollector, PreferenceState
-from rlhf.train.guards import check_same_weights
+from rlhf.train.guards import check_same_weights, check_start_loss
 from rlhf.train.job import Job
 from rlhf.train.parts import Parts, dataset, steps
 from rlhf.train.pool import Budget
@@ -85,9 +85,14 @@ def key_metric(recipe: PreferenceRecipe, *, has_held_out: bool) -> str:
 def start_check(job: Job) -> Callable[[int, dict[str, float]], None]:
     """Policy and reference agree at the start, where they are the same model."""
 
+    assert isinstance(job.recipe, PreferenceRecipe)
+
     def check(step: int, metrics: dict[str, float]) -> None:
         if step == 0 and "reference_gap" in metrics and roles.is_same_start(job):
             check_same_weights(metrics["reference_gap"], job.recipe.model.dtype, "policy and reference at the start")
+            for block in job.recipe.losses:
+                if isinstance(block, DpoLoss) and job.recipe.data.reweight is None:
+                    check_start_loss(metrics, block.beta, job.recipe.model.dtype)
 
     return check
 
@@ -176,7 +181,7 @@ def rows_for(kind: str, examples: list[Any], others: list[AnswerExample] | None,
     if others is not None:  # which have a pass of their own
         second = [len(e.prompt_ids) + len(other.answer_ids) for e, other in zip(examples, others, strict=True)]
         costs = [max(both) for both in zip(lengths, second, strict=True)]
-    return Dataset(lengths, costs, batch)
+    return Dataset(lengths, costs, batch, [example.row for example in examples])
 
 
 def most_answers(examples: Sequence[Any]) -> int:

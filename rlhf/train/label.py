@@ -194,6 +194,7 @@ def to_stage(source: LabelCollector, report: Callable[[int, str, float | None], 
         checkpoint=lambda done: None,
         settle=lambda: None,
         report=report,
+        skips=None,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -95,7 +96,7 @@ class OnlineCollector:
         metrics["speed/rollout_tokens_per_second"] = float(answers.response_mask.sum()) / sampled
         if greedy is not None:
             metrics["rollout/greedy_score"] = float(greedy.scores.nanmean())
-        minibatches = self.minibatches(step, experience)
+        minibatches = self.minibatches(step, experience, answers.numbers())
         planned = self.recipe.train.inner_epochs * self.recipe.train.minibatches
         metrics["rollout/empty_minibatches"] = float(planned - len(minibatches))
         numbers = {name: value for name, value in metrics.items() if math.isfinite(value)}
@@ -104,7 +105,7 @@ class OnlineCollector:
     def check(self, step: int, answers: Answers, experience: Experience, metrics: dict[str, float]) -> None:
         """What a fresh rollout must be before anything is learned from it."""
         check_ids(answers.ids, self.actor.module.core.config.get_text_config().vocab_size, step)
-        check_finite(experience, step)
+        check_finite(experience, step, answers.numbers())
         if experience.old_logprobs is not None:
             self.check_distances(step, metrics)
         for engine in (self.actor, *([] if self.critic is None else [self.critic])):
@@ -201,6 +202,7 @@ class OnlineCollector:
             scores,
             torch.stack(parts, 1),
             steps,
+            torch.tensor([row["row"] for row in rollout.rows]),
         )
         return gathered(mine, self.sampler.pad_id)
 
@@ -292,10 +294,11 @@ class OnlineCollector:
 
     # --- minibatches ---
 
-    def minibatches(self, step: int, experience: Experience) -> list[Pool]:
+    def minibatches(self, step: int, experience: Experience, records: Sequence[int] = ()) -> list[Pool]:
         """Seeded permutations cut into equal minibatches, with their supervised rows where there are any.
 
         One without an answer to learn from (all unscored, or cut off and dropped) is left out on every rank.
+        records: numbers of the prompts' records, where they are known.
         """
         train = self.recipe.train
         size = len(experience) // train.minibatches
@@ -307,7 +310,7 @@ class OnlineCollector:
             for start in range(0, len(shuffled), size):
                 rows = shuffled[start : start + size]
                 if counts[rows].any():
-                    pool = sampled_pool(experience, rows, train.answers)
+                    pool = sampled_pool(experience, rows, train.answers, records)
                     pools.append(replace(pool, further=self.supervised_rows(number, size)))
                 number += 1
         return pools

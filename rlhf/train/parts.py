@@ -24,6 +24,7 @@ from rlhf.train.loop import Collector
 from rlhf.train.objectives import Objective
 from rlhf.train.pool import Budget
 from rlhf.train.rollout import Sampler
+from rlhf.train.skips import Skips
 from rlhf.train.standing import Standing
 from rlhf.train.supervised import Dataset
 
@@ -51,12 +52,13 @@ class Parts:
     policy_starts: int = 0
     target_kl: float | None = None
     measures_move: bool = False
+    skips: Skips | None = None
     completed: Callable[[dict[str, float]], dict[str, float]] | None = None  # adds to what held-out rows gave
     standing: Standing = field(default_factory=Standing)
 
     def running(self) -> Running:
         """What a checkpoint holds."""
-        return Running(self.engines, dict(self.averages), self.state, self.budget, self.standing)
+        return Running(self.engines, dict(self.averages), self.state, self.budget, self.standing, self.skips)
 
 
 def sampler(
@@ -76,7 +78,7 @@ def generation_config(engine: Engine) -> Any:
 def dataset(examples: Sequence[Any], join: Callable[[list[Any], int], Rows], pad_id: int) -> Dataset:
     """Examples of one kind as rows; `join` collates them."""
     lengths, costs = [e.lengths()[0] for e in examples], [e.cost() for e in examples]
-    return Dataset(lengths, costs, lambda rows: join([examples[i] for i in rows], pad_id))
+    return Dataset(lengths, costs, lambda rows: join([examples[i] for i in rows], pad_id), [e.row for e in examples])
 
 
 def steps(recipe: SFTRecipe | RewardRecipe | PreferenceRecipe, train: Dataset) -> int:

@@ -73,6 +73,7 @@ class Pool:
     units: list[Unit]
     batch: Callable[[list[int]], Any]
     further: dict[str, Pool] = field(default_factory=dict)  # what an objective of this group learns from instead
+    records: Sequence[int] = ()  # numbers of the data's records that the rows are made of, where they are known
 
     def __len__(self) -> int:
         return sum(len(unit.rows) for unit in self.units)
@@ -80,6 +81,12 @@ class Pool:
     def of(self, group: str) -> Pool:
         """The rows that objectives of a group learn from."""
         return self.further[group] if group in self.further else self
+
+    def records_of(self, micros: Iterable[Micro]) -> list[int]:
+        """Numbers of the data's records behind these micro-batches, where they are known; stand-ins are left out."""
+        if not self.records:
+            return []
+        return [self.records[place] for micro in micros if micro.is_real for place in micro.places]
 
     def cut(self, budget: Budget) -> Iterator[Micro]:
         """This rank's micro-batches; equally many on every rank, made when they are asked for."""
@@ -120,12 +127,13 @@ def sampled_units(attention: Tensor, prompt_columns: int, groups: Sequence[Any])
     return [Unit(tuple(m), tuple(answers[i] for i in m), prompts[m[0]]) for m in members.values()]
 
 
-def sampled_pool(sampled: Any, rows: list[int], answers: int) -> Pool:
-    """These rows of sampled answers; `answers` neighbours are those to one prompt."""
+def sampled_pool(sampled: Any, rows: list[int], answers: int, records: Sequence[int] = ()) -> Pool:
+    """These rows of sampled answers; `answers` neighbours are those to one prompt. records: of all prompts."""
     chosen = sampled.attention[torch.tensor(rows, dtype=torch.int64)]
     columns = chosen.shape[1] - sampled.response_mask.shape[1]
     units = sampled_units(chosen, columns, [row // answers for row in rows])
-    return Pool(units, lambda places: sampled.select([rows[place] for place in places]))
+    numbers = [records[row] for row in rows] if records else ()
+    return Pool(units, lambda places: sampled.select([rows[place] for place in places]), records=numbers)
 
 
 def at_places(found: Iterable[tuple[Micro, Tensor]], size: int) -> Tensor:

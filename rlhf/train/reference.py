@@ -18,6 +18,7 @@ from rlhf.batch import Answers, Lists, Pairs
 from rlhf.data import chat
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
+from rlhf.errors import NumericsError
 from rlhf.recipe.stages import PreferenceRecipe
 from rlhf.run.commit import write_atomic
 from rlhf.train import memory
@@ -114,6 +115,13 @@ def cached_logprobs(folder: Path, key: list[str], shape: tuple[int, int], comput
             logger.info("reference log-probs of %d rows read from %s", shape[0], path)
             return found
     found = compute()
+    if not found.isfinite().all():
+        bad = (~found.isfinite()).any(-1).nonzero().flatten().tolist()
+        raise NumericsError(
+            f"expected finite log-probs, found {len(bad)} of {shape[0]} rows with others, the first is row {bad[0]}",
+            where="reference",
+            fix="Look at the reference's weights, or take fp32 (model.dtype).",
+        )
     if dist.is_main():
         folder.mkdir(parents=True, exist_ok=True)
         write_atomic(path, save({"logprobs": found.contiguous()}))
@@ -131,4 +139,4 @@ def with_reference(data: Dataset, logprobs: Tensor) -> Dataset:
             return replace(found, ref=given[:, 0], ref_mismatched=mismatched)
         return replace(found, ref=given[:, : found.present.shape[1]] if isinstance(found, Lists) else given)
 
-    return Dataset(data.lengths, data.costs, batch)
+    return replace(data, batch=batch)

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from transformers import PreTrainedTokenizerFast
 
+from rlhf.engine import dist
 from rlhf.engine.engine import Engine
 from rlhf.engine.zero import held_elements, sharded_loading
 from rlhf.models.build import Setup, build_policy, build_scorer, has_score_head
@@ -14,6 +15,7 @@ from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.recipe.reward_options import ModelReward
 from rlhf.recipe.schema import InitBlock, ModelRef, OptimBlock, ZeroBlock
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe, PreferenceRecipe
+from rlhf.train.guards import check_padding, check_weights
 from rlhf.train.job import Job
 from rlhf.train.reference import Reference
 
@@ -110,6 +112,13 @@ def score_engine(job: Job, source: str, tokenizer: PreTrainedTokenizerFast, spec
     return _engine(f"reward {name}", ScorerModule(model), spec.zero, spec.dtype)
 
 
+def refuse_not_finite(engine: Engine, role: str) -> None:
+    """Before anything is learned: weights as they were loaded are finite, on every rank."""
+    source = engine.module.core.config.name_or_path
+    fix = "The files of the model hold it: take another checkpoint of it, or load it in fp32."
+    dist.agreed(lambda: check_weights(engine.bad_weights(), f"{role} {source}".strip(), fix))
+
+
 def _source(job: Job) -> str | InitBlock:
     block = job.recipe.model
     return block.init if block.init is not None else job.source("model", block)
@@ -117,7 +126,9 @@ def _source(job: Job) -> str | InitBlock:
 
 def _engine(role: str, module: RoleModule, zero: ZeroBlock, dtype: str, optim: OptimBlock | None = None) -> Engine:
     engine = Engine(module, zero, bf16=dtype == "bf16", optim=optim)
+    refuse_not_finite(engine, role)
     layout = module.prove(engine)
+    check_padding(module.padding_gap(engine), dtype, role)
     trained, total = engine.num_elements()
     text = "frozen" if optim is None else f"{trained:,} trained"
     kind = type(module.core).__name__

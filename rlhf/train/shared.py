@@ -15,9 +15,11 @@ from rlhf.models.build import Setup
 from rlhf.models.forward import RoleModule
 from rlhf.models.shared import CRITIC, POLICY, REFERENCE, SharedModule, alone, build_shared
 from rlhf.recipe.stages import OnlineRecipe, PPORecipe
+from rlhf.train.guards import check_padding
 from rlhf.train.job import Job
 from rlhf.train.layout import plan, role_name
 from rlhf.train.reference import Reference
+from rlhf.train.roles import refuse_not_finite
 
 logger = logging.getLogger("rlhf.roles")
 
@@ -51,9 +53,11 @@ def shared_roles(job: Job, tokenizer: PreTrainedTokenizerFast) -> SharedRoles:
             module, recipe.critic.zero, bf16=bf16, optim=recipe.critic, role=CRITIC, trained=own[CRITIC], beside=actor
         )
         alone(module, CRITIC, None)  # what cannot be published is told before it is trained
+    refuse_not_finite(actor, "all roles")
     keys = [f"rewards.{i}" for i in range(len(recipe.rewards))]
     scores = {key: scores_of(actor, role_name(key)) for key in keys if role_name(key) in layout.roles}
     logger.info("all roles: %s", module.prove(actor))
+    check_padding(module.padding_gap(actor), recipe.model.dtype, "all roles")
     describe(module, [engine for engine in (actor, critic) if engine is not None], len(scores))
     return SharedRoles(actor, critic, Reference(actor, role=REFERENCE), scores)
 

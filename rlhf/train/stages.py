@@ -8,12 +8,13 @@ from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import chat, collate
 from rlhf.data.examples import Loaded
+from rlhf.data.origin import origins
 from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine
-from rlhf.recipe.stages import GRPORecipe, OnlineRecipe, PPORecipe, RewardRecipe, SFTRecipe
+from rlhf.recipe.stages import GRPORecipe, LearningRecipe, OnlineRecipe, PPORecipe, RewardRecipe, SFTRecipe
 from rlhf.train import judged, roles, scorers
 from rlhf.train.checkpoints import Checkpoints
-from rlhf.train.job import Job
+from rlhf.train.job import Job, data_kind
 from rlhf.train.loop import Stage
 from rlhf.train.objectives import (
     Objective,
@@ -31,6 +32,7 @@ from rlhf.train.progress import Progress
 from rlhf.train.ranking import ListRewardObjective
 from rlhf.train.samples import SampleWriter, shown_prompts
 from rlhf.train.shared import SharedRoles, shared_roles
+from rlhf.train.skips import Skips
 from rlhf.train.state import OnlineState
 from rlhf.train.statistics import score_statistics
 from rlhf.train.supervised import SupervisedCollector, evaluate
@@ -40,8 +42,23 @@ def assemble(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Part
     """Build the stage's models and everything that is fed to them."""
     parts = ASSEMBLE[job.stage](job, tokenizer, data)
     parts.standing.watched = job.recipe.checkpoint.keep_best
+    parts.skips = skips(job)
     parts.stop_ids = chat.stop_token_ids(tokenizer, generation_config(next(iter(parts.engines.values()))))
     return parts
+
+
+def skips(job: Job) -> Skips:
+    """Counts the updates that are left out; their rows are looked up in the data when there are any."""
+    recipe = job.recipe
+    assert isinstance(recipe, LearningRecipe)
+
+    def locate(group: str, numbers: set[int]) -> dict[int, str]:
+        if group == PretrainingObjective.group:
+            assert isinstance(recipe, OnlineRecipe) and recipe.pretraining is not None
+            return origins(recipe.pretraining.data, "tokens", numbers)
+        return origins(recipe.data, data_kind(recipe), numbers)
+
+    return Skips(recipe.train.max_skipped, job.folder.skipped, locate)
 
 
 def sft(job: Job, tokenizer: PreTrainedTokenizerFast, data: Loaded) -> Parts:
@@ -219,6 +236,7 @@ def to_stage(
         checkpoint=checkpoints.save,
         settle=checkpoints.settle,
         report=report,
+        skips=parts.skips,
         policy_starts=parts.policy_starts,
         target_kl=parts.target_kl,
         measures_move=parts.measures_move,

@@ -26,6 +26,7 @@ class Dataset:
     lengths: list[int]  # tokens of every row, of all its answers with the prompt in front of each
     costs: list[int]  # the same with the prompt counted once, which is what a model computes
     batch: Callable[[list[int]], Rows]
+    records: Sequence[int] = ()  # numbers of the data's records
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -34,7 +35,8 @@ class Dataset:
         """These rows, by their places, or all of them."""
         chosen = range(len(self)) if rows is None else rows
         units = [Unit.single(place, self.costs[row]) for place, row in enumerate(chosen)]
-        return Pool(units, lambda places: self.batch([chosen[place] for place in places]))
+        numbers = [self.records[row] for row in chosen] if self.records else ()
+        return Pool(units, lambda places: self.batch([chosen[place] for place in places]), records=numbers)
 
 
 @dataclass(frozen=True)

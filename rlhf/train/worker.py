@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers.utils import logging as hf_logging
 from rlhf.data import chat
 from rlhf.data.examples import Loaded, load_examples
 from rlhf.engine import dist
+from rlhf.engine.finite import not_finite
 from rlhf.errors import StoppedError, UserError, WorkerLostError
 from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.statistics import set_statistics
@@ -32,6 +34,7 @@ from rlhf.run.opened import Opened
 from rlhf.train import label as labelling
 from rlhf.train import memory, merging, stages
 from rlhf.train.checkpoints import Checkpoints, best_checkpoint, load_checkpoint
+from rlhf.train.guards import check_weights
 from rlhf.train.job import Job, Kind, data_kind
 from rlhf.train.layout import adapter_base
 from rlhf.train.loop import Stage, fit
@@ -239,9 +242,10 @@ def publish(
         average = parts.averages[part] if part in parts.averages else None
         with average.swapped() if average is not None else nullcontext():
             state = engine.state_dict()
+        dist.agreed(partial(refuse_not_finite, job, part, state))
         if kind == "policy":  # plain `generate` must stop where our rollouts do
             engine.module.core.generation_config.eos_token_id = parts.stop_ids
-        dist.agreed(lambda part=part, state=state: export(job, parts, tokenizer, part, state))  # type: ignore[misc]
+        dist.agreed(partial(export, job, parts, tokenizer, part, state))
     engine, kind = parts.published["model"]
     facts = {
         "base": base_model(job),
@@ -275,6 +279,12 @@ def export(
     target = job.folder.export_dir(part)
     with library_writes(target, needs):
         (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
+
+
+def refuse_not_finite(job: Job, part: str, state: dict[str, torch.Tensor] | None) -> None:
+    """Weights that are about to be published are finite, or nothing is."""
+    fix = f"Nothing is published; checkpoints are in {job.folder.checkpoints}. Lower train.lr."
+    check_weights(not_finite(state or {}), str(job.folder.path / part), fix)
 
 
 def base_model(job: Job) -> str:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from rlhf.batch import Loss
+from rlhf.engine import finite
 from rlhf.engine.engine import Engine, sum_terms
-from rlhf.errors import CheckpointError, NumericsError, UnsafeError
+from rlhf.errors import CheckpointError, UnsafeError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
 STAGES = (0, 1, 2, 3)
@@ -107,18 +108,15 @@ def test_clipping_bounds_the_step_and_tells_the_norm_before(forked, stage):
     forked(body)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_loss_is_refused_before_its_backward(forked, stage, bad):
-    def body():
-        engine = engine_of(stage)
-        before = engine.state_dict()
-        with pytest.raises(NumericsError, match="the loss is .* on rank 0"):
-            engine.backward(loss_of(engine, rows(), bad), {"rows": 4.0})
-        for name, value in engine.state_dict().items():
-            assert torch.equal(value, before[name])
+# --- what is not finite -----------------------------------------------------------------------------------------------
 
-    forked(body)
+
+def with_nan_loss(outputs: Tensor) -> Tensor:
+    return outputs.pow(2).sum() * float("nan")
+
+
+def with_infinite_loss(outputs: Tensor) -> Tensor:
+    return outputs.clamp(max=-1e9).sum() + float("inf")  # its gradient would be 0
 
 
 def with_nan_gradient(outputs: Tensor) -> Tensor:
@@ -129,24 +127,114 @@ def with_infinite_gradient(outputs: Tensor) -> Tensor:
     return (outputs - outputs.detach())[0, 0] * 1e30 * 1e30  # 0, and its gradient overflows
 
 
-@pytest.mark.parametrize("bad", [with_nan_gradient, with_infinite_gradient])
-@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_non_finite_gradient_is_refused_before_the_step(forked, stage, dtype, max_grad_norm, bad):
-    if dtype == "bf16" and stage == 0:
-        pytest.skip("bf16 needs the sharded optimizer")
+BAD = [with_nan_loss, with_infinite_loss, with_nan_gradient, with_infinite_gradient]
+
+
+def everything(engine: Engine) -> dict[str, Tensor]:
+    """Weights, master weights and what the optimizer remembers, its step counters too."""
+    optimizer = engine._engine.optimizer
+    return engine.state_dict() | {n: v.clone() for n, v in finite.state_tensors(optimizer, engine.zero.stage)}
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+def pushed(engine: Engine, step: int, bad=None) -> None:
+    """Two micro-batches, of which the second may be bad."""
+    dtype = engine.module[0].weight.dtype
+    for part in range(2):
+        outputs = engine(rows(2 * step + part).to(dtype))
+        total = bad(outputs) if bad is not None and part else outputs.pow(2).sum()
+        engine.backward(Loss({"square": (total, "rows", 1.0)}), {"rows": 8.0})
+
+
+@pytest.mark.parametrize(("stage", "dtype"), [(0, "fp32"), *((s, d) for s in (1, 2, 3) for d in ("fp32", "bf16"))])
+def test_what_is_not_finite_is_left_out_as_if_it_had_never_been(forked, stage, dtype):
+    """Byte for byte a run without that update: weights, moments, step counters, and the updates after it."""
 
     def body():
-        module = network().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
-        engine = engine_of(stage, module, max_grad_norm=max_grad_norm, bf16=dtype == "bf16")
-        before = engine.state_dict()
-        inputs = rows().to(module[0].weight.dtype)
-        engine.backward(Loss({"bad": (bad(engine(inputs)), "rows", 1.0)}), {"rows": 4.0})
-        with pytest.raises(NumericsError, match="the gradient norm is (nan|inf)"):
+        def fresh(norm: float) -> Engine:
+            module = network().to(torch.bfloat16 if dtype == "bf16" else torch.float32)
+            return engine_of(stage, module, bf16=dtype == "bf16", optimizer="adamw", max_grad_norm=norm)
+
+        for norm, bad in zip((0.0, 1.0, 0.0, 1.0), BAD, strict=True):
+            straight, engine = fresh(norm), fresh(norm)
+            for step in range(3):
+                if step != 1:
+                    pushed(straight, step)
+                    straight.step(0.01)
+                before = everything(engine)
+                pushed(engine, step, bad if step == 1 else None)
+                found = engine.step(0.01)
+                assert engine.is_skipped == math.isnan(found) == (step == 1), step
+                if step == 1:
+                    assert same(everything(engine), before)
+                    assert any("loss" in name or "gradient of" in name for name in engine.not_finite)
+            assert same(everything(engine), everything(straight))
+
+    forked(body)
+
+
+class Half(nn.Module):
+    """Its second layer counts where `both` do."""
+
+    both = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.used, self.spare = nn.Linear(3, 2), nn.Linear(3, 2)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return self.used(inputs) + (self.spare(inputs) if self.both else 0.0)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_parameter_that_is_not_reached_gets_nothing_of_what_was_left_out(forked, stage):
+    def body():
+        engine, found = engine_of(stage, Half()), []
+        for both, factor in ((True, 1.0), (True, float("nan")), (False, 1.0)):
+            engine.module.both = both
+            engine.backward(loss_of(engine, rows(), factor), {"rows": 4.0})
             engine.step(0.1)
-        for name, value in engine.state_dict().items():
-            assert torch.equal(value, before[name]), name
+            found.append(engine.state_dict())
+        assert not engine.is_skipped and not torch.equal(found[2]["used.weight"], found[1]["used.weight"])
+        assert torch.equal(found[2]["spare.weight"], found[0]["spare.weight"])
+
+    forked(body)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_weight_that_is_not_finite_is_seen_before_the_step(forked, stage, value=float("inf")):
+    """Even one that no output depends on."""
+
+    def body():
+        torch.manual_seed(0)
+        embedding = nn.Sequential(nn.Embedding(5, 3), nn.Linear(3, 2))
+        engine = engine_of(stage, embedding, optimizer="adamw")
+        with torch.no_grad():
+            held = dict(finite.held(engine.module.named_parameters()))["0.weight"]
+            held.view(-1)[-1] = value
+        before = everything(engine)
+        outputs = engine(torch.tensor([0, 1]))
+        assert outputs.isfinite().all()
+        engine.backward(Loss({"square": (outputs.pow(2).sum(), "rows", 1.0)}), {"rows": 2.0})
+        engine.step(0.1)
+        assert engine.is_skipped and engine.not_finite == {"weight 0.weight": str(value)}
+        after = everything(engine)
+        assert all(torch.equal(a.nan_to_num(7.0), after[name].nan_to_num(7.0)) for name, a in before.items())
+        assert engine.bad_state()["0.weight"] == str(value)
+
+    forked(body)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_trained_tensors_that_no_gradient_reaches_are_named_once(forked, stage):
+    def body():
+        for module, expected in ((network(), []), (Half(), ["spare.bias", "spare.weight"])):
+            engine = engine_of(stage, module)
+            engine.backward(loss_of(engine, rows(), factor=0.0), {"rows": 4.0})
+            assert engine.unreached() == expected and engine.unreached() is None
 
     forked(body)
 

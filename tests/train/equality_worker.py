@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -35,6 +36,7 @@ from rlhf.train.objectives import (
 )
 from rlhf.train.pool import Budget, Pool, sampled_pool
 from rlhf.train.preference import Policy, PreferenceObjective
+from rlhf.train.skips import Skips
 from rlhf.train.state import OnlineState
 
 INIT = InitBlock(hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, vocab=300, context=64)
@@ -164,6 +166,7 @@ def stage_of(objectives: list[Objective], budget: Budget) -> Stage:
             "objectives": objectives,
             "policy_starts": 0,
             "averages": [],
+            "skips": Skips(1, Path("skipped.jsonl"), lambda group, numbers: {}),
         }
     )
 

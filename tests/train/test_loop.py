@@ -22,6 +22,7 @@ from rlhf.train.metrics import MetricsLog
 from rlhf.train.pool import Budget, Pool
 from rlhf.train.progress import Progress
 from rlhf.train.signals import StopRequest
+from rlhf.train.skips import Skips
 from rlhf.train.standing import Best, Standing
 
 OPTIM = OptimBlock(optimizer="sgd", lr=0.5, schedule="linear", warmup=0.0, min_lr_ratio=0.0, max_grad_norm=0.0)
@@ -119,6 +120,7 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
         checkpoint=lambda done: None,
         settle=lambda: None,
         report=lambda done, name, value: None,
+        skips=Skips(3, Path("skipped.jsonl"), lambda group, numbers: {}),
     )
     return replace(plain, **changes)
 
