@@ -17,18 +17,19 @@ STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "algo": {"torch", "rlhf.batch"},
     "batch": {"torch", "typing_extensions"},
+    "bounds": set(),
     "recipe": {"annotated_types", "pydantic", "pydantic_core", "yaml", "typing_extensions"},
     "run": set(),
     "launch": set(),
     "data": {
         "datasets", "jinja2", "numpy", "pyarrow", "rich", "tokenizers", "torch", "transformers",
-        "rlhf.batch", "rlhf.recipe",
+        "rlhf.batch", "rlhf.bounds", "rlhf.recipe",
     },
     "models": {
         "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe",
         "rlhf.algo.logprobs",
     },
-    "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
+    "rewards": {"torch", "rlhf.batch", "rlhf.bounds", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",

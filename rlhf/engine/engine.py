@@ -19,17 +19,12 @@ from torch import Tensor, nn
 
 from rlhf.batch import Loss
 from rlhf.engine import dist, zero
+from rlhf.engine.files import WeightsOnly, refuse_code
 from rlhf.engine.proximal import PullToStart
-from rlhf.errors import CheckpointError, NumericsError, UnsafeError
+from rlhf.errors import CheckpointError, NumericsError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
 _TAG = "deepspeed"
-# What DeepSpeed's own files need to be unpickled; anything else in them is refused unread.
-_ALLOWED_GLOBALS = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
 
 
 class Engine:
@@ -73,6 +68,7 @@ class Engine:
             self._engine = deepspeed.initialize(
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
+            self._engine.checkpoint_engine = WeightsOnly()
             self._engine.train()
 
     def pull_to_start(self, l1: float) -> None:
@@ -235,13 +231,7 @@ class Engine:
         if not files:
             raise CheckpointError("expected a checkpoint, found none", where=str(folder))
         for file in files:
-            strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _ALLOWED_GLOBALS
-            if strange:
-                raise UnsafeError(
-                    f"expected weights or optimizer state, found code ({', '.join(sorted(strange))})",
-                    where=str(file),
-                    fix="Delete this checkpoint; an older one is used then.",
-                )
+            refuse_code(file)
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if loaded is None:
             raise CheckpointError("expected a checkpoint, found none that DeepSpeed can read", where=str(folder))
