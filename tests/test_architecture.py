@@ -29,7 +29,9 @@ ALLOWED = {
         "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe",
         "rlhf.algo.logprobs",
     },
-    "rewards": {"torch", "rlhf.batch", "rlhf.bounds", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
+    "rewards": {
+        "torch", "rlhf.batch", "rlhf.bounds", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry",
+    },
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",

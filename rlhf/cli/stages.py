@@ -73,8 +73,10 @@ class StageCommand:
 def run_stage(command: StageCommand) -> None:
     """Check, then run in this process, or start the ranks and wait for them. Raises UserError."""
     from rlhf import launch  # imported here, as is all that follows: `rlhf --help` needs none of it
+    from rlhf.cli.floors import installed, refuse_old
     from rlhf.cli.prepare import check_rows
 
+    refuse_old(installed())
     if launch.is_worker():
         launch.die_with_parent()
         stop = StopRequest().listen()

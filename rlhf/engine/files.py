@@ -1,6 +1,6 @@
 """DeepSpeed's own files, read without running anything in them: the only place that unpickles.
 
-DeepSpeed keeps optimizer state as pickles and reads them with torch's full unpickler, which calls whatever a file names.
+DeepSpeed keeps optimizer state as pickles and reads them with torch's full unpickler, which calls whatever they name.
 Here torch's weights-only unpickler reads the very file that is used, and builds nothing but tensors, plain values and
 the three inert classes below. Every rank looks through all files first, so that all refuse together.
 """
