@@ -48,6 +48,10 @@ def check_folder(source: str) -> None:
         inner = folder / "model" / "config.json"
         fix = f"Name {inner.parent}, or write from: instead of path:." if inner.is_file() else "Name another folder."
         raise CheckpointError("expected a model folder, found no config.json in it", where=source, fix=fix)
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            what = "expected plain files, found a pipe, socket or device: reading it could hang or do harm"
+            raise UnsafeError(what, where=str(path), fix="Remove it.")
 
 
 def refuse_code(config: dict[str, Any], where: str) -> None:

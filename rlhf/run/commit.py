@@ -263,6 +263,9 @@ def verify(folder: Path, *, hash_limit: int | None = SMALL_FILE, parts: tuple[st
             raise CheckpointError("expected the content that was written, found a changed file", where=str(path))
     listed = manifest["files"].keys() | {MANIFEST}
     for part in parts:
+        if (folder / part).is_symlink():
+            what = "expected a folder, found a symbolic link"
+            raise UnsafeError(what, where=str(folder / part), fix="Put the folder itself there.")
         for name in list_files(folder / part):
             if Path(part, name).as_posix() not in listed and not Path(name).name.startswith("."):
                 raise CheckpointError(

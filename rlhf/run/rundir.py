@@ -33,6 +33,9 @@ class RunDir:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        if self.root.is_symlink():  # nothing is written, moved or deleted through a link
+            fix = "Name the folder that it leads to."
+            raise UnsafeError("expected a folder, found a symbolic link", where=str(self.root), fix=fix)
         if self.root.exists() and not self.root.is_dir():
             raise RecipeError("expected a folder, found a file", where=str(self.root), fix="Choose another --run.")
 

@@ -17,6 +17,7 @@ from rlhf.errors import (
     BusyError,
     CheckpointError,
     RecipeError,
+    UnsafeError,
     UserError,
 )
 from rlhf.run import commit
@@ -114,6 +115,7 @@ class StageDir:
         if self.name in _RESERVED or SET_ASIDE.fullmatch(self.name):
             what = f"expected a name that is not used for something else, found {self.name}"
             raise RecipeError(what, where=str(self.path), fix="Choose another --name.")
+        self._refuse_links()
         lock = self._acquire(launcher)
         aside = None
         try:
@@ -125,6 +127,13 @@ class StageDir:
             lock.release()
             raise
         return Opened(self, mode, checkpoint, lock, is_new=is_new, aside=aside)
+
+    def _refuse_links(self) -> None:
+        """Nothing of a stage folder lies elsewhere: what is written or deleted there would be."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.is_symlink():
+                what = "expected a plain file or folder, found a symbolic link"
+                raise UnsafeError(what, where=str(path), fix="Put the file or folder itself there.")
 
     def refuse_if_held(self) -> None:
         """Raise BusyError where another process works on the stage now; `open` looks again."""
