@@ -44,8 +44,8 @@ ALLOWED = {
     },
     "report": {"matplotlib", "rich", "yaml", "rlhf.recipe", "rlhf.run"},
     "cli": {
-        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.recipe", "rlhf.report",
-        "rlhf.run",
+        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.models.trust", "rlhf.recipe",
+        "rlhf.report", "rlhf.run",
         "rlhf.train.job", "rlhf.train.signals",
     },
 }  # fmt: skip

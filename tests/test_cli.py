@@ -13,7 +13,7 @@ import rlhf
 from rlhf import errors
 from rlhf.cli.app import STAGES, app
 
-STAGE = "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code"
+STAGE = "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code --trust-code"
 COMMANDS = {
     "sft": STAGE,
     "rm": STAGE,
@@ -23,7 +23,7 @@ COMMANDS = {
     "label": STAGE,
     "merge": STAGE,
     "reward-model": STAGE,
-    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code",
+    "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code --trust-code",
     "status": "run --json",
     "show": "recipe -n/--count --stage --run --set",
     "losses": "--json",

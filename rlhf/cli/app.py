@@ -36,6 +36,9 @@ NodesOption = Annotated[int | None, typer.Option("--num-nodes", min=1, help="nod
 HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpeed host file: lines `host slots=n`")]
 RestartOption = Annotated[bool, typer.Option("--restart", help="begin again; the old folder is kept as NAME.old-n")]
 CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", help="reward file that may run")]
+TrustOption = Annotated[
+    list[str], typer.Option("--trust-code", metavar="MODEL@REVISION", help="model whose own code may run")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="machine-readable output")]
 
 LATER_RANK_S = 5.0
@@ -82,10 +85,12 @@ def stage_function(stage: str) -> Callable[..., None]:
         hostfile: HostfileOption = None,
         restart: RestartOption = False,
         allow_code: CodeOption = [],  # noqa: B006
+        trust_code: TrustOption = [],  # noqa: B006
     ) -> None:
         from rlhf.cli.stages import StageCommand, run_stage
 
-        run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, gpus, num_nodes, hostfile, restart, allow_code))
+        where = (dry_run, gpus, num_nodes, hostfile, restart)
+        run_stage(StageCommand(stage, recipe, run, name, set_, *where, allow_code, trust_code))
 
     return command
 
@@ -105,10 +110,11 @@ def run_pipeline(
     num_nodes: NodesOption = None,
     hostfile: HostfileOption = None,
     allow_code: CodeOption = [],  # noqa: B006
+    trust_code: TrustOption = [],  # noqa: B006
 ) -> None:
     from rlhf.cli.pipeline import PipelineOptions, run_all
 
-    run_all(pipeline, PipelineOptions(run, set_, dry_run, gpus, num_nodes, hostfile, allow_code))
+    run_all(pipeline, PipelineOptions(run, set_, dry_run, gpus, num_nodes, hostfile, allow_code, trust_code))
 
 
 @app.command(help="Stages of a run directory: state, step, key metric, parents.")

@@ -26,6 +26,7 @@ class PipelineOptions:
     num_nodes: int | None
     hostfile: Path | None
     allow_code: list[Path]
+    trust_code: list[str]
 
 
 def run_all(path: Path, options: PipelineOptions) -> None:
@@ -79,6 +80,7 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
         None if is_alone else options.num_nodes,
         None if is_alone else options.hostfile,
         allow_code=options.allow_code,
+        trust_code=options.trust_code,
     )
 
 

@@ -50,6 +50,7 @@ class StageCommand:
     hostfile: Path | None = None
     restart: bool = False
     allow_code: list[Path] = field(default_factory=list)
+    trust_code: list[str] = field(default_factory=list)
 
     def folder(self) -> StageDir:
         """The stage folder, existing or not."""
@@ -67,6 +68,7 @@ class StageCommand:
         words += ["--name", self.name] if self.name is not None else []
         words += [word for item in self.overrides for word in ("--set", item)]
         words += [word for item in self.allow_code for word in ("--allow-code", str(item))]
+        words += [word for item in self.trust_code for word in ("--trust-code", item)]
         return words
 
 
@@ -118,6 +120,7 @@ def checked(command: StageCommand, ranks: int) -> tuple[Job, LoadedRecipe]:
         world_size=ranks,
         restart=command.restart,
         allowed_code=command.allow_code,
+        trusted_code=command.trust_code,
     )
 
 
