@@ -91,7 +91,7 @@ def check_files(source: str) -> None:
         listed = read_json(index).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else {None}
         for name in sorted(names, key=str):
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise UnsafeError(f"expected the name of a file in this folder, found {name!r}", where=str(index))
             if not (folder / name).is_file():
                 what = f"expected all weights that {index.name} names, found no {name}"

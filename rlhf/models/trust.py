@@ -1,7 +1,7 @@
 """Models that bring Python code of their own: run only where the command line names the model and what its code is.
 
-`--trust-code MODEL@REVISION`: of a hub id the commit (40 hexadecimal digits), which must be the recipe's `revision` too;
-of a local folder the hash of its Python files. No recipe can ask for it. Torch-free: a stage refuses before it imports.
+`--trust-code MODEL@REVISION`: of a hub id the commit (40 hexadecimal digits), which the recipe's `revision` must name
+too; of a local folder the hash of its Python files. No recipe can ask for it. Without torch: refused before imports.
 """
 
 from __future__ import annotations

@@ -85,6 +85,9 @@ def resolve_parent(ref: str, run: RunDir, kinds: tuple[str, ...], key: str, reci
         raise CheckpointError(what, where=where, fix=_remedy(stage, kinds))
     try:
         manifest = stage.read_manifest()
+    except UnsafeError as error:
+        what = f"expected {stage.path} as it was published, found in {error.where}: {error.what}"
+        raise UnsafeError(what, where=where, fix=error.fix) from error
     except UserError as error:
         what = f"expected {stage.path} as it was published, found a change in {error.where}: {error.what}"
         raise CheckpointError(what, where=where, fix=error.fix) from error
