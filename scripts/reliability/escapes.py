@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import socket
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -199,14 +202,28 @@ def only_loopback() -> None:
     socket.socket.connect, socket.getaddrinfo = guarded_connect, guarded_lookup  # type: ignore[method-assign]
 
 
+def leave_network() -> bool:
+    """Give this process, which has one thread, a network that has nothing but loopback. Returns whether it could."""
+    new_user, new_net, set_flags, up = 0x10000000, 0x40000000, 0x8914, 0x1
+    if ctypes.CDLL(None, use_errno=True).unshare(new_user | new_net):
+        return False
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as any_socket:
+        fcntl.ioctl(any_socket, set_flags, struct.pack("16sh14x", b"lo", up))
+    return True
+
+
 def without_network() -> None:
-    """In a command: a network of its own that has nothing but loopback, where the system allows that."""
+    """In a command: no network where the system allows that, and an end with 99 for whoever looks for one."""
     only_loopback()
-    try:
-        os.unshare(os.CLONE_NEWUSER | os.CLONE_NEWNET)  # type: ignore[attr-defined]  Python 3.12
-    except (AttributeError, OSError):
-        return
-    os.system("ip link set lo up 2>/dev/null")
+    leave_network()
+
+
+def can_leave_network() -> bool:
+    """Tried in a fork."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if leave_network() else 1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 
 
 @row(
@@ -219,6 +236,8 @@ def without_network() -> None:
 )
 def no_network(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     """tries: stages, each in turn; from the second round on as an adapter."""
+    if not can_leave_network():
+        tally.remark("no network namespaces here: connections were watched, not made impossible")
     for index in range(tries):
         stage, lora = STAGES[index % len(STAGES)], index >= len(STAGES)
         options = ["--set", "model.lora={rank: 4}"] if lora else []
