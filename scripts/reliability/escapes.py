@@ -28,7 +28,7 @@ from scripts.reliability.row import Tally, row
     expected="exit 9; nothing outside is read for weights, written or deleted",
     asked="each kind",
     quick=8,
-    full=36,
+    full=35,
 )
 def names_that_lead_elsewhere(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     """tries: of all ways."""
@@ -231,7 +231,7 @@ def can_leave_network() -> bool:
     "every stage with local inputs and no network beyond loopback; the hub is not told to be offline",
     expected="exit 0; not one connection or look-up beyond this machine",
     asked="all stages",
-    quick=2,
+    quick=1,
     full=10,
 )
 def no_network(lab: Lab, tally: Tally, tries: int, seed: int) -> None:

@@ -36,7 +36,7 @@ def impatient() -> None:
     "templates that break out of a sandbox, loop for ever or want all memory: a tokenizer's, a recipe's, a row's text",
     expected="no call; an end within seconds and in words; text of rows is text",
     asked="30 payloads, three ways",
-    quick=6,
+    quick=4,
     full=70,
 )
 def hostile_templates(lab: Lab, tally: Tally, tries: int, seed: int) -> None:

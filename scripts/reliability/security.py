@@ -40,7 +40,7 @@ def remade(folder: Path) -> None:
     "a call planted in every file of a checkpoint and of a published model, the manifest made to match",
     expected="exit 9 (or 4 where the file is no longer one); the call never happens",
     asked="each file kind",
-    quick=5,
+    quick=3,
     full=55,
 )
 def code_in_files(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
@@ -158,7 +158,7 @@ def models_with_code(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     "data folders with loading scripts, pickles, columns of pickles, types that describe themselves, addresses",
     expected="read as data, or exit 3; nothing is run or fetched",
     asked="each kind",
-    quick=3,
+    quick=2,
     full=9,
 )
 def hostile_data(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
