@@ -247,7 +247,17 @@ CASES = {
         {
             "advantage": {"name": "rloo"},
             "policy_loss": {"name": "rloo_clip", "clip_low": 0.1, "clip_high": 0.3},
-            "rewards": [{"kind": "http", "url": "URL", "weight": 0.5, "timeout": 20.0, "retries": 1, "batch_size": 5}],
+            "rewards": [
+                {
+                    "kind": "http",
+                    "url": "URL",
+                    "api_key_env": "COLUMNS",  # a variable that is set
+                    "weight": 0.5,
+                    "timeout": 20.0,
+                    "retries": 1,
+                    "batch_size": 5,
+                }
+            ],
         },
         every("reward/http"),
     ),

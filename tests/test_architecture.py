@@ -17,6 +17,7 @@ STDLIB = set(sys.stdlib_module_names)
 ALLOWED = {
     "algo": {"torch", "rlhf.batch"},
     "batch": {"torch", "typing_extensions"},
+    "bounds": set(),
     "recipe": {"annotated_types", "pydantic", "pydantic_core", "yaml", "typing_extensions"},
     "run": set(),
     "pulse": set(),
@@ -24,13 +25,15 @@ ALLOWED = {
     "launch": {"rlhf.processes", "rlhf.pulse"},
     "data": {
         "datasets", "jinja2", "numpy", "pyarrow", "rich", "tokenizers", "torch", "transformers",
-        "rlhf.batch", "rlhf.recipe",
+        "rlhf.batch", "rlhf.bounds", "rlhf.recipe",
     },
     "models": {
         "numpy", "peft", "safetensors", "tokenizers", "torch", "transformers", "rlhf.batch", "rlhf.recipe",
         "rlhf.algo.logprobs",
     },
-    "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
+    "rewards": {
+        "torch", "rlhf.batch", "rlhf.bounds", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry",
+    },
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.pulse", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",
@@ -43,7 +46,8 @@ ALLOWED = {
     },
     "report": {"matplotlib", "rich", "yaml", "rlhf.recipe", "rlhf.run"},
     "cli": {
-        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.pulse", "rlhf.recipe",
+        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.models.trust", "rlhf.pulse",
+        "rlhf.recipe",
         "rlhf.report", "rlhf.run",
         "rlhf.train.job", "rlhf.train.signals",
     },

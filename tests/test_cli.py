@@ -15,7 +15,7 @@ from rlhf.cli.app import STAGES, app
 
 STAGE = (
     "recipe --run --name --set --dry-run --gpus --num-nodes --hostfile --restart --allow-code --allow-foreign"
-    " --watchdog --rank-timeout"
+    " --trust-code --watchdog --rank-timeout"
 )
 COMMANDS = {
     "sft": STAGE,
@@ -27,7 +27,7 @@ COMMANDS = {
     "merge": STAGE,
     "reward-model": STAGE,
     "run": "pipeline --run --set --dry-run --gpus --num-nodes --hostfile --allow-code --allow-foreign"
-    " --watchdog --rank-timeout",
+    " --trust-code --watchdog --rank-timeout",
     "status": "run --json",
     "show": "recipe -n/--count --stage --run --set",
     "losses": "--json",

@@ -39,6 +39,9 @@ HostfileOption = Annotated[Path | None, typer.Option("--hostfile", help="DeepSpe
 RestartOption = Annotated[bool, typer.Option("--restart", help="begin again; the old folder is kept as NAME.old-n")]
 CodeOption = Annotated[list[Path], typer.Option("--allow-code", metavar="FILE", help="reward file that may run")]
 ForeignOption = Annotated[bool, typer.Option("--allow-foreign", help="work in a run directory of another user")]
+TrustOption = Annotated[
+    list[str], typer.Option("--trust-code", metavar="MODEL@REVISION", help="model whose own code may run")
+]
 MOST_S = 10 * 24 * 3600
 WatchdogOption = Annotated[
     int,
@@ -95,13 +98,14 @@ def stage_function(stage: str) -> Callable[..., None]:
         restart: RestartOption = False,
         allow_code: CodeOption = [],  # noqa: B006
         allow_foreign: ForeignOption = False,
+        trust_code: TrustOption = [],  # noqa: B006
         watchdog: WatchdogOption = WATCHDOG_S,
         rank_timeout: TimeoutOption = RANK_TIMEOUT_S,
     ) -> None:
         from rlhf.cli.stages import StageCommand, run_stage
 
         ranks, waits = (gpus, num_nodes, hostfile), (watchdog, rank_timeout)
-        allowed = (allow_code, allow_foreign)
+        allowed = (allow_code, allow_foreign, trust_code)
         run_stage(StageCommand(stage, recipe, run, name, set_, dry_run, *ranks, restart, *allowed, *waits))
 
     return command
@@ -123,13 +127,14 @@ def run_pipeline(
     hostfile: HostfileOption = None,
     allow_code: CodeOption = [],  # noqa: B006
     allow_foreign: ForeignOption = False,
+    trust_code: TrustOption = [],  # noqa: B006
     watchdog: WatchdogOption = WATCHDOG_S,
     rank_timeout: TimeoutOption = RANK_TIMEOUT_S,
 ) -> None:
     from rlhf.cli.pipeline import PipelineOptions, run_all
 
     ranks, waits = (gpus, num_nodes, hostfile), (watchdog, rank_timeout)
-    run_all(pipeline, PipelineOptions(run, set_, dry_run, *ranks, allow_code, allow_foreign, *waits))
+    run_all(pipeline, PipelineOptions(run, set_, dry_run, *ranks, allow_code, allow_foreign, trust_code, *waits))
 
 
 @app.command(help="Stages of a run directory: state, step, key metric, parents.")

@@ -27,6 +27,7 @@ class PipelineOptions:
     hostfile: Path | None
     allow_code: list[Path]
     allow_foreign: bool
+    trust_code: list[str]
     watchdog: int
     rank_timeout: int
 
@@ -87,6 +88,7 @@ def stage_command(step: PipelineCommand, options: PipelineOptions) -> StageComma
         allow_foreign=options.allow_foreign,
         watchdog=options.watchdog,
         rank_timeout=options.rank_timeout,
+        trust_code=options.trust_code,
     )
 
 

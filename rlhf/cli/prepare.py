@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlhf.errors import CheckpointError, RecipeError, UnsafeError
+from rlhf.models.folder import check_code as check_model_code
 from rlhf.models.folder import check_model_folder
+from rlhf.models.trust import trust_only, trusted_revision
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
 from rlhf.recipe.reward_options import FunctionReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards
@@ -49,6 +52,7 @@ def prepare(
     world_size: int | None = None,
     restart: bool = False,
     allowed_code: list[Path],
+    trusted_code: Sequence[str] = (),
 ) -> tuple[Job, LoadedRecipe]:
     """Check the recipe, the files, the parents and the model folders. Nothing is written."""
     folder = run.stage(stage if name is None else name)
@@ -57,10 +61,12 @@ def prepare(
     check_extras(loaded)
     recipe = loaded.recipe
     code = check_code(loaded, allowed_code)
+    trust_only(trusted_code)
     parents: dict[str, Parent] = {}
     for key, ref, kinds in model_refs(stage, recipe):
         if ref.from_:
             parents[key] = resolve_parent(ref.from_, run, kinds, f"{key}.from", loaded.place(f"{key}.from"))
+            check_model_code(str(parents[key].model))
         elif ref.path:
             check_model_folder(local_path(ref.path))
     check_tokenizers(loaded, parents)
@@ -74,7 +80,7 @@ def prepare(
         "recipe": loaded.recipe.model_dump(mode="json", by_alias=True, exclude=set(loaded.recipe.of_the_process)),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
         "data": check_data(recipe, stage),
-        "code": {str(file): hash_file(file) for file in sorted(code)},
+        "code": {str(file): hash_file(file) for file in sorted(code)} | trusted_models(stage, recipe, parents),
     }
     best = recipe.checkpoint.keep_best if isinstance(recipe, LearningRecipe) else None
     if best is not None and best.publish:  # the one option there that changes what comes of the stage
@@ -108,6 +114,16 @@ def check_code(loaded: LoadedRecipe, allowed: list[Path]) -> frozenset[Path]:
                 )
             named.add(file)
     return frozenset(named)
+
+
+def trusted_models(stage: str, recipe: AnyRecipe, parents: dict[str, Parent]) -> dict[str, str]:
+    """Model -> revision, of those models of the recipe whose own code the command line trusts."""
+    sources = [
+        str(parents[key].model) if key in parents else local_path(ref.path)
+        for key, ref, _ in model_refs(stage, recipe)
+        if key in parents or ref.path
+    ]
+    return {source: revision for source in sources if (revision := trusted_revision(source)) is not None}
 
 
 def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:

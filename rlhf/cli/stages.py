@@ -54,6 +54,7 @@ class StageCommand:
     restart: bool = False
     allow_code: list[Path] = field(default_factory=list)
     allow_foreign: bool = False
+    trust_code: list[str] = field(default_factory=list)
     watchdog: int = WATCHDOG_S
     rank_timeout: int = RANK_TIMEOUT_S
 
@@ -77,6 +78,7 @@ class StageCommand:
         words += [word for item in self.allow_code for word in ("--allow-code", str(item))]
         words += ["--allow-foreign"] if self.allow_foreign else []
         words += ["--rank-timeout", str(self.rank_timeout)] if self.rank_timeout != RANK_TIMEOUT_S else []
+        words += [word for item in self.trust_code for word in ("--trust-code", item)]
         return words
 
 
@@ -94,10 +96,12 @@ def run_stage(command: StageCommand) -> None:
 def start(command: StageCommand, stop: StopRequest) -> None:
     """The command, in a rank of somebody's launcher or as it was typed."""
     from rlhf import launch  # imported here, as is all that follows: `rlhf --help` needs none of it
+    from rlhf.cli.floors import installed, refuse_old
 
     os.umask(PRIVATE_MASK)
     if not command.allow_foreign:
         command.folder().refuse_foreign()
+    refuse_old(installed())
     if launch.is_worker():
         launch.die_with_parent()
         job, _ = checked(command, int(os.environ["WORLD_SIZE"]))
@@ -152,6 +156,7 @@ def checked(command: StageCommand, ranks: int) -> tuple[Job, LoadedRecipe]:
         world_size=ranks,
         restart=command.restart,
         allowed_code=command.allow_code,
+        trusted_code=command.trust_code,
     )
 
 

@@ -23,9 +23,10 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import SecurityError, TemplateError
+from jinja2.exceptions import SecurityError
 from transformers import PreTrainedTokenizerBase
 
+from rlhf.bounds import OutOfTimeError, memory_limit, time_limit
 from rlhf.data.encode import Conversation, Encoder, Ids, Mask, Region
 from rlhf.data.messages import Message, message
 from rlhf.data.spans import Pieces, Span, around_content, cut_pieces, holds, match_contents, without_opening
@@ -35,6 +36,9 @@ from rlhf.errors import CheckpointError, DataError, RecipeError, UnsafeError
 _MARK = "\ue0f1"
 # Templates that print today's date would make other prompts tomorrow; those that can be told a date are told this one.
 _DATE = "26 Jul 2024"
+_SECONDS, _MEMORY = 10.0, 1 << 30  # that rendering one conversation may take; it takes milliseconds and kilobytes
+_LONGEST = 1 << 20  # bytes of a template file
+_ANOTHER = "Choose another model.chat_template (chatml, plain or a .jinja file)."
 BUILT_IN = ("chatml", "plain")
 _CHATML = ("<|im_start|>", "<|im_end|>")
 
@@ -249,23 +253,28 @@ class ChatTemplate:
             return self._rendered(tuple((m["role"], m["content"]) for m in messages), generate)
         except SecurityError as error:
             raise UnsafeError(f"the chat template was stopped by its sandbox: {error}", where=where) from error
-        except (TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
+        except (OutOfTimeError, MemoryError) as error:
+            limit = f"{_SECONDS:g} s" if isinstance(error, OutOfTimeError) else f"{_MEMORY >> 20} MiB"
+            what = f"expected a chat template that renders a conversation within {limit}, found one that does not"
+            raise UnsafeError(what, where=where, fix=_ANOTHER) from None
+        except Exception as error:  # noqa: BLE001  a template may raise whatever Python can
             roles = ", ".join(m["role"] for m in messages)
             raise DataError(
                 f"messages: expected a conversation that the chat template takes, found {roles}: {error}",
                 where=where,
-                fix="Change the rows, or choose another model.chat_template (chatml, plain or a .jinja file).",
+                fix=f"Change the rows, or c{_ANOTHER[1:]}",
             ) from error
 
     def _render_now(self, messages: tuple[tuple[str, str], ...], generate: bool) -> str:
-        """Rendering in transformers' immutable sandbox."""
-        text = self.tokenizer.apply_chat_template(
-            [message(role, content) for role, content in messages],
-            tokenize=False,
-            add_generation_prompt=generate,
-            return_dict=False,
-            date_string=_DATE,
-        )
+        """Rendering in transformers' immutable sandbox, with little time and memory."""
+        with time_limit(_SECONDS), memory_limit(_MEMORY):
+            text = self.tokenizer.apply_chat_template(
+                [message(role, content) for role, content in messages],
+                tokenize=False,
+                add_generation_prompt=generate,
+                return_dict=False,
+                date_string=_DATE,
+            )
         assert isinstance(text, str), type(text)
         return text
 
@@ -320,7 +329,16 @@ def _read_template(name: str) -> str:
         raise RecipeError(
             f"expected {', '.join(BUILT_IN)} or a .jinja file that exists, found {name}", where="model.chat_template"
         )
-    return path.read_text(encoding="utf-8")
+    with path.open("rb") as file:
+        content = file.read(_LONGEST + 1)
+    try:
+        text = content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"expected UTF-8 text, found: {error}", where=f"model.chat_template: {name}") from error
+    if len(content) > _LONGEST:
+        what = f"expected at most {_LONGEST >> 20} MiB of template, found more"
+        raise RecipeError(what, where=f"model.chat_template: {name}")
+    return text
 
 
 def template_hash(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -23,6 +23,7 @@ SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".par
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _LONGEST_FIELD = 2**31 - 1  # the csv module's own limit of 128 KiB is shorter than real documents
 _PLACES_SHOWN = 40
+_UNFIT = (ValueError, TypeError, KeyError)  # what the types that `datasets` registers raise on a hostile description
 
 
 def suffix_of(path: Path) -> str | None:
@@ -242,7 +243,7 @@ def _read_parquet(path: Path) -> Iterator[Row]:
     try:
         batches = pyarrow.parquet.ParquetFile(path).iter_batches()
         yield from _batch_rows(batches, path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, *_UNFIT) as error:
         raise DataError(f"expected a Parquet file, found damage: {_first_line(error)}", where=str(path)) from error
 
 
@@ -257,7 +258,7 @@ def _read_arrow(path: Path) -> Iterator[Row]:
                 reader = pyarrow.ipc.open_file(file)
                 batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
             yield from _batch_rows(batches, path)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, *_UNFIT) as error:
         raise DataError(f"expected an Arrow file, found damage: {_first_line(error)}", where=str(path)) from error
 
 

@@ -239,7 +239,7 @@ def read_rows(source: SourceBlock, key: str) -> Iterator[Row]:
         rows = ((f"{source.path}:{number}", row) for number, row in enumerate(_demo_rows(_demo_name(source)), start=1))
     else:
         dataset = _load_saved(source, located) if located.kind == "saved" else _load_hub(source, key)
-        rows = ((f"{source.path}:row {number}", row) for number, row in enumerate(dataset, start=1))
+        rows = ((f"{source.path}:row {number}", row) for number, row in enumerate(_stored(dataset), start=1))
     first = next(iter(rows := iter(rows)), None)
     if first is None:
         raise DataError("expected rows, found none", where=str(source.path), fix=_named(key))
@@ -256,10 +256,31 @@ def part_of(source: SourceBlock) -> tuple[int, int]:
     return int(number) - 1, int(parts)
 
 
+def _stored(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Rows as they are stored. Decoding them would open, or fetch, whatever an image or audio column names."""
+    for batch in dataset.with_format("arrow").iter(1000):
+        yield from batch.to_pylist()
+
+
+def _refuse_other_files(located: Located) -> None:
+    """What `save_to_disk` leaves names the data's files; they are in its own folder."""
+    for path in located.files:
+        if path.name == "state.json":
+            try:
+                named = [each["filename"] for each in json.loads(path.read_bytes())["_data_files"]]
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
+                raise DataError(f"expected a list of data files, found: {_short(error)}", where=str(path)) from error
+            for name in named:
+                if not isinstance(name, str) or Path(name).name != name:
+                    what = f"expected the name of a file in this folder, found {name!r}"
+                    raise UnsafeError(what, where=str(path), fix="Save the dataset again.")
+
+
 def _load_saved(source: SourceBlock, located: Located) -> Any:
     # Imported here: it takes a second, which sources that are plain files should not pay.
     import datasets
 
+    _refuse_other_files(located)
     try:
         dataset = datasets.load_from_disk(str(located.folder))
     except (OSError, ValueError, TypeError, KeyError) as error:

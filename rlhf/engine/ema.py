@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -84,7 +85,10 @@ class Ema:
         file = self._file(folder)
         if not file.is_file():
             raise CheckpointError("expected an average of the weights, found none", where=str(file))
-        found = load_file(file)
+        try:
+            found = load_file(file)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"expected safetensors, found damage: {error}", where=str(file)) from error
         shapes, wanted = ({name: value.shape for name, value in part.items()} for part in (found, self.average))
         if shapes != wanted:
             wrong = sorted(name for name in shapes.keys() | wanted.keys() if shapes.get(name) != wanted.get(name))

@@ -19,18 +19,12 @@ from torch import Tensor, nn
 
 from rlhf.batch import Loss
 from rlhf.engine import dist, finite, zero
+from rlhf.engine.files import CheckpointFiles, refuse_code
 from rlhf.engine.proximal import PullToStart
-from rlhf.engine.writer import CheckpointWriter
-from rlhf.errors import CheckpointError, UnsafeError
+from rlhf.errors import CheckpointError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
 
 _TAG = "deepspeed"
-# What DeepSpeed's own files need to be unpickled; anything else in them is refused unread.
-_ALLOWED_GLOBALS = {
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-}
 
 
 class Engine:
@@ -87,7 +81,7 @@ class Engine:
                 model=module, optimizer=optimizer, config=config, dist_init_required=False
             )[0]
             self._engine.train()
-            self._engine.checkpoint_engine = self._writer = CheckpointWriter(self._engine._config)
+            self._engine.checkpoint_engine = self._files = CheckpointFiles()
             # Scripts that read the files without us: no code lies in a checkpoint, and rank 0 would fail alone.
             self._engine._copy_recovery_script = lambda _: None
             self._unreached = set(self.trained)
@@ -318,7 +312,7 @@ class Engine:
         """
         with self._others_frozen():
             self._engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False, exclude_frozen_parameters=True)
-        self._writer.raise_failure()
+        self._files.raise_failure()
 
     @contextmanager
     def _others_frozen(self) -> Iterator[None]:
@@ -339,13 +333,7 @@ class Engine:
         if not files:
             raise CheckpointError("expected a checkpoint, found none", where=str(folder))
         for file in files:
-            strange = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file))) - _ALLOWED_GLOBALS
-            if strange:
-                raise UnsafeError(
-                    f"expected weights or optimizer state, found code ({', '.join(sorted(strange))})",
-                    where=str(file),
-                    fix="Delete this checkpoint; an older one is used then.",
-                )
+            refuse_code(file)
         loaded, _ = self._engine.load_checkpoint(str(folder), tag=_TAG, load_module_strict=False)
         if loaded is None:
             raise CheckpointError("expected a checkpoint, found none that DeepSpeed can read", where=str(folder))

@@ -7,6 +7,7 @@ whoever makes it durable and visible does so after these functions return.
 from __future__ import annotations
 
 import copy
+import json
 import logging
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 
 from rlhf.errors import CheckpointError, NumericsError
-from rlhf.models.folder import ADAPTER_WEIGHTS
+from rlhf.models.folder import ADAPTER_WEIGHTS, read_json
 from rlhf.models.forward import PolicyModule, RoleModule, ScorerModule
 from rlhf.models.load import quiet
 
@@ -85,9 +86,35 @@ def _save(
     with quiet():
         skeleton.save_pretrained(folder, state_dict=dict(merged))
     tokenizer.save_pretrained(folder)
+    keep_code(folder)
     check_files(folder, sum(value.numel() for value in merged.values()))
     if isinstance(module.model, PeftModel):
         _save_adapter(module.model, state, folder / "adapter")
+
+
+def keep_code(folder: Path) -> None:
+    """A model with code of its own is published with it: transformers has copied the files of the classes in use.
+
+    What `auto_map` names beyond those, or in another model's folder, is left out: nobody would find it here.
+    """
+    for name in ("config.json", "tokenizer_config.json"):
+        config = read_json(folder / name) if (folder / name).is_file() else {}
+        if config.get("auto_map"):
+            kept = {key: _own(value, folder) for key, value in config["auto_map"].items()}
+            config["auto_map"] = {key: value for key, value in kept.items() if value}
+            if name == "config.json" and not {"AutoConfig"} <= config["auto_map"].keys():
+                what = f"expected the model's code beside its weights, found auto_map {config['auto_map']}"
+                raise CheckpointError(what, where=str(folder), fix="Nothing was published.")
+            (folder / name).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _own(value: object, folder: Path) -> object:
+    """A name of `auto_map` without the model it came from, None where its file is not here; of a list each."""
+    if isinstance(value, list):
+        names = [_own(each, folder) for each in value]
+        return names if any(names) else None
+    name = str(value).rpartition("--")[2]
+    return name if value and (folder / f"{name.rpartition('.')[0].replace('.', '/')}.py").is_file() else None
 
 
 def _skeleton(module: RoleModule) -> nn.Module:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import CheckpointError, UnsafeError
+from rlhf.models.trust import may_run_code
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _INDEX = "*.safetensors.index.json"
@@ -15,7 +16,7 @@ _TOKENIZER = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json",
 
 
 def check_model_folder(source: str) -> None:
-    """Refuse a local path that holds no model, holds pickles instead of safetensors, or asks for its code to be run.
+    """Refuse a local path that holds no model, pickles instead of safetensors, or code that is not trusted.
 
     A hub id is left alone; of an adapter, the base model is checked too.
     """
@@ -24,9 +25,7 @@ def check_model_folder(source: str) -> None:
         return check_model_folder(read_adapter(source)["base_model_name_or_path"])
     check_folder(source)
     if folder.is_dir():
-        for name in ("config.json", "tokenizer_config.json"):
-            if (folder / name).is_file():
-                refuse_code(read_json(folder / name), str(folder / name))
+        check_code(source)
         check_files(source)
         if not any((folder / name).is_file() for name in _TOKENIZER):
             fix = "Copy the tokenizer's files into the folder."
@@ -48,16 +47,19 @@ def check_folder(source: str) -> None:
         inner = folder / "model" / "config.json"
         fix = f"Name {inner.parent}, or write from: instead of path:." if inner.is_file() else "Name another folder."
         raise CheckpointError("expected a model folder, found no config.json in it", where=source, fix=fix)
+    for path in folder.iterdir():
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            what = "expected plain files, found a pipe, socket or device: reading it could hang or do harm"
+            raise UnsafeError(what, where=str(path), fix="Remove it.")
 
 
-def refuse_code(config: dict[str, Any], where: str) -> None:
-    """A file with `auto_map` asks for Python code beside the weights to be run."""
-    if config.get("auto_map"):
-        raise UnsafeError(
-            "expected a model that transformers knows, found auto_map: it would run code from the model's folder",
-            where=where,
-            fix="If transformers has this architecture itself, make a local copy without auto_map and use that.",
-        )
+def check_code(source: str) -> bool:
+    """Whether a local folder's configurations ask for code that the command line trusts; refused where it does not."""
+    asks = False
+    for name in ("config.json", "tokenizer_config.json"):
+        if (Path(source) / name).is_file():
+            asks |= may_run_code(source, None, read_json(Path(source) / name), str(Path(source) / name))
+    return asks
 
 
 def check_files(source: str) -> None:
@@ -89,7 +91,7 @@ def check_files(source: str) -> None:
         listed = read_json(index).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else {None}
         for name in sorted(names, key=str):
-            if not isinstance(name, str) or Path(name).name != name:
+            if not isinstance(name, str) or Path(name).name != name or name in ("", ".."):
                 raise UnsafeError(f"expected the name of a file in this folder, found {name!r}", where=str(index))
             if not (folder / name).is_file():
                 what = f"expected all weights that {index.name} names, found no {name}"
@@ -106,7 +108,9 @@ def read_adapter(source: str) -> dict[str, Any]:
     """The configuration of a peft adapter folder; only LoRA can be merged."""
     folder = Path(source)
     config = read_json(folder / ADAPTER_CONFIG)
-    refuse_code(config, f"{source}/{ADAPTER_CONFIG}")
+    if config.get("auto_map"):
+        where = f"{source}/{ADAPTER_CONFIG}"
+        raise UnsafeError("expected an adapter without code, found auto_map", where=where, fix="Take it out.")
     if config.get("peft_type") != "LORA" or not config.get("base_model_name_or_path"):
         raise CheckpointError(
             "expected a LoRA adapter that names its base model,"

@@ -1,7 +1,7 @@
 """Reading configurations and weights that others wrote, without running any code of theirs.
 
-A source is a local folder or a hub id. Weights are read from safetensors only, remote code is never run, and a tensor
-that is missing or superfluous is an error unless the caller expects it.
+A source is a local folder or a hub id. Weights are read from safetensors only, remote code is not run unless the
+command line trusts it, and a tensor that is missing or superfluous is an error unless the caller expects it.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from transformers import AutoConfig, PreTrainedConfig
 from transformers.utils import logging as hf_logging
 from transformers.utils.hub import LocalEntryNotFoundError
 
-from rlhf.errors import CheckpointError, RecipeError, ServiceError
+from rlhf.errors import CheckpointError, RecipeError, ServiceError, UserError
 from rlhf.models.folder import (
     ADAPTER_WEIGHTS,
     check_files,
     check_folder,
     is_adapter,
     read_adapter,
-    refuse_code,
 )
+from rlhf.models.trust import may_run_code, trusted_revision
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,8 +41,16 @@ def read_config(source: str, revision: str | None) -> PreTrainedConfig:
         return read_config(adapter["base_model_name_or_path"], adapter.get("revision"))
     check_folder(source)
     with reading(source):
-        refuse_code(PreTrainedConfig.get_config_dict(source, revision=revision)[0], f"{source}/config.json")
-        return AutoConfig.from_pretrained(source, revision=revision, trust_remote_code=False)
+        trust = _trust(source, revision)
+        return AutoConfig.from_pretrained(source, revision=revision, **trust)
+
+
+def _trust(source: str, revision: str | None) -> dict[str, Any]:
+    """How transformers is told whether a model's own code may run; that of a hub id comes from the same commit."""
+    config = PreTrainedConfig.get_config_dict(source, revision=revision)[0]
+    if not may_run_code(source, revision, config, f"{source}/config.json"):
+        return {"trust_remote_code": False}
+    return {"trust_remote_code": True, "code_revision": revision}
 
 
 @contextmanager
@@ -50,9 +58,9 @@ def reading(source: str) -> Iterator[None]:
     """Turn what transformers and safetensors raise on unreadable files into an error with a place."""
     try:
         yield
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, UserError):
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError, *_faults(source)) as error:
         if _is_unreachable(error):
             raise ServiceError(
                 "the hub cannot be reached, and the model is not in the local cache",
@@ -65,6 +73,11 @@ def reading(source: str) -> Iterator[None]:
             where=source,
             fix="Expected a local model folder, or the id of a model on the hub that can be reached from here.",
         ) from error
+
+
+def _faults(source: str) -> tuple[type[Exception], ...]:
+    """What a model's own code may raise beside that, where it has some."""
+    return () if trusted_revision(source) is None else (Exception,)
 
 
 def _is_unreachable(error: BaseException | None) -> bool:
@@ -97,7 +110,7 @@ def load_weights(
             revision=revision,
             dtype=DTYPES[dtype],
             attn_implementation=attention,
-            trust_remote_code=False,
+            **_trust(source, revision),
             use_safetensors=True,
             output_loading_info=True,
         )

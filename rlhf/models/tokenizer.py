@@ -14,8 +14,9 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerFas
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from rlhf.errors import CheckpointError
-from rlhf.models.folder import is_adapter, read_adapter, refuse_code
+from rlhf.models.folder import is_adapter, read_adapter
 from rlhf.models.load import reading
+from rlhf.models.trust import may_run_code
 
 logger = logging.getLogger("rlhf.models")
 
@@ -62,7 +63,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int, chat_template: str | 
 
 
 def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast:
-    """The tokenizer of a local folder or hub id, without running code from it.
+    """The tokenizer of a local folder or hub id, running code from it only where that is trusted.
 
     An adapter folder without a tokenizer of its own has its base model's.
     """
@@ -70,8 +71,9 @@ def load_tokenizer(source: str, revision: str | None) -> PreTrainedTokenizerFast
         adapter = read_adapter(source)
         return load_tokenizer(adapter["base_model_name_or_path"], adapter.get("revision"))
     with reading(source):
-        refuse_code(get_tokenizer_config(source, revision=revision), f"{source}/tokenizer_config.json")
-        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=False)
+        config = get_tokenizer_config(source, revision=revision)
+        trusted = may_run_code(source, revision, config, f"{source}/tokenizer_config.json")
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision, trust_remote_code=trusted)
     if not tokenizer.is_fast:
         raise CheckpointError(
             "expected a tokenizer of the `tokenizers` library, found one written in Python",

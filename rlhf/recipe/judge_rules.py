@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from rlhf.recipe.judge_options import EndpointBlock, PairwiseJudge, RubricBlock, SelfRubricJudge
 from rlhf.recipe.problems import Problem
-from rlhf.recipe.reward_rules import address, pattern
+from rlhf.recipe.reward_rules import address, pattern, variable
 from rlhf.recipe.stages import LabelRecipe
 
 
@@ -27,9 +27,7 @@ def judge_options(recipe: LabelRecipe) -> Iterator[Problem]:
         return
     if isinstance(judge, EndpointBlock):
         yield from address("judge.url", judge.url)
-        if judge.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", judge.api_key_env):
-            what = "expected the name of an environment variable, found something else"
-            yield Problem("judge.api_key_env", what, "the key itself must not stand in a recipe")
+        yield from variable("judge.api_key_env", judge.api_key_env)
     fields = ("{prompt}", "{first}", "{second}") if isinstance(judge, PairwiseJudge) else ("{prompt}", "{answer}")
     if missing := [field for field in fields if field not in judge.template]:
         yield Problem("judge.template", f"expected {', '.join(fields)} in the text, found no {', '.join(missing)}")

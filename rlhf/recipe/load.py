@@ -17,6 +17,7 @@ from rlhf.recipe.overrides import apply_overrides
 from rlhf.recipe.problems import Problem, closest
 from rlhf.recipe.rounds import expand_rounds
 from rlhf.recipe.schema import Block
+from rlhf.recipe.secrets import secrets
 from rlhf.recipe.stages import RECIPES, AnyRecipe, Expectation, Pipeline
 from rlhf.recipe.translate import translate
 
@@ -95,6 +96,7 @@ def load_recipe(
     """
     document = read_document(path)
     notices = apply_overrides(document, RECIPES[stage], overrides)
+    refuse_secrets(document)
     recipe, problems, touched = _validate(RECIPES[stage], document)
     if recipe is not None:
         broken = check_recipe(stage, recipe, world_size)
@@ -102,6 +104,12 @@ def load_recipe(
     if problems or recipe is None:
         raise document.error(problems)
     return LoadedRecipe(stage, recipe, document, tuple(overrides), tuple(notices))
+
+
+def refuse_secrets(document: Document) -> None:
+    """Before anything else is said of the recipe: other messages repeat what they find."""
+    if leaks := secrets(document):
+        raise document.error(leaks)
 
 
 def _validate(model: type[AnyBlock], document: Document) -> tuple[AnyBlock | None, list[Problem], set[str]]:
@@ -152,6 +160,7 @@ def _take_out(values: dict[str, Any], path: tuple[str, ...]) -> str:
 def load_pipeline(path: str | Path) -> list[PipelineCommand]:
     """The commands of a pipeline file, rounds written out, recipes relative to it. Recipes must exist; none is read."""
     document = read_document(path)
+    refuse_secrets(document)
     expanded, as_written = expand_rounds(document)
     pipeline, problems, _ = _validate(Pipeline, expanded)
     folder = Path(path).parent

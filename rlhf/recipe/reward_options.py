@@ -86,6 +86,9 @@ class HttpReward(Block):
     kind: Literal["http"] = "http"
     weight: float = Field(1.0, description="factor in the weighted sum of rewards")
     url: str = Field(description="where answers are posted, http:// or https://")
+    api_key_env: str | None = Field(
+        None, min_length=1, description="environment variable that holds the key; the key itself is written nowhere"
+    )
     timeout: float = Field(30.0, gt=0, description="seconds that one request may take")
     retries: int = Field(3, ge=0, le=10, description="further tries of a failed request; then its answers are unscored")
     batch_size: int = Field(16, ge=1, description="answers per request")

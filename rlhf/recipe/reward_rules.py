@@ -34,6 +34,7 @@ def reward_options(recipe: ScoringRecipe) -> Iterator[Problem]:
             yield from _function(f"{key}.function", reward.function)
         elif isinstance(reward, HttpReward):
             yield from address(f"{key}.url", reward.url)
+            yield from variable(f"{key}.api_key_env", reward.api_key_env)
     for name, rewards in _lists(recipe):
         yield from _twice(name, rewards)
     if isinstance(recipe, OnlineRecipe):
@@ -81,6 +82,13 @@ def address(key: str, url: str) -> Iterator[Problem]:
         yield Problem(key, what, "a recipe is copied into the run directory, where passwords have no place")
     elif parts.fragment or " " in url:
         yield Problem(key, f"expected an address without spaces and without #, found {url!r}", example)
+
+
+def variable(key: str, name: str | None) -> Iterator[Problem]:
+    """The name of an environment variable that holds a key."""
+    if name is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        what = "expected the name of an environment variable, found something else"
+        yield Problem(key, what, "the key itself must not stand in a recipe")
 
 
 def _twice(key: str, rewards: list[Reward]) -> Iterator[Problem]:

@@ -9,7 +9,6 @@ key is taken from the environment, sent in a header, and left out of all that is
 from __future__ import annotations
 
 import json
-import os
 import threading
 from collections.abc import Generator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -17,14 +16,13 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from rlhf.errors import RecipeError, ServiceError
+from rlhf.errors import ServiceError
 from rlhf.recipe.judge_options import EndpointBlock
-from rlhf.rewards.http import PassingError, check_reachable, exchange, pause
+from rlhf.rewards.http import PassingError, bearer, check_reachable, exchange, pause, read_key, without_key
 from rlhf.rewards.verdicts import MISSING, UNPARSABLE
 
 _GIVES_UP = 3  # times as many failed requests in a row as are under way: silent ones come to fill all places
 _SHOWN = 200  # characters of what came back
-_HIDDEN = "(key)"
 
 
 @dataclass(frozen=True)
@@ -43,24 +41,9 @@ def chat_url(base: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/chat/completions", parts.query, ""))
 
 
-def read_key(block: EndpointBlock) -> str | None:
-    """The key that the recipe names."""
-    if block.api_key_env is None:
-        return None
-    key = os.environ[block.api_key_env] if block.api_key_env in os.environ else ""
-    if not key or not key.isascii() or not key.isprintable():
-        found = "something else" if key else "none"
-        raise RecipeError(
-            f"expected a key in the environment variable {block.api_key_env}, found {found}",
-            where="judge.api_key_env",
-            fix="Set it in the shell that starts the command, or remove the option where none is needed.",
-        )
-    return key
-
-
 def check_service(block: EndpointBlock) -> None:
     """Refuse a key that is not there, and an address where nobody accepts a connection."""
-    read_key(block)
+    read_key(block.api_key_env, "judge.api_key_env")
     check_reachable(block.url, block.timeout, "judge.url", wanted="judge")
 
 
@@ -69,7 +52,7 @@ class ChatService:
 
     def __init__(self, block: EndpointBlock) -> None:
         self._block, self._url = block, chat_url(block.url)
-        self._key = read_key(block)
+        self._key = read_key(block.api_key_env, "judge.api_key_env")
         self._lock = threading.Lock()
         self._failed = self._in_a_row = 0
         self._leaving = False
@@ -109,14 +92,13 @@ class ChatService:
         with self._lock:
             self._failed += 1
             self._in_a_row += 1
-        return Reply(problem=MISSING, shown=self._hidden(last))
+        return Reply(problem=MISSING, shown=without_key(last, self._key))
 
     def _exchange(self, body: bytes) -> bytes:
-        headers = {} if self._key is None else {"Authorization": f"Bearer {self._key}"}
         try:
-            return exchange(self._url, body, self._block.timeout, headers, wanted="a verdict", where="judge")
+            return exchange(self._url, body, self._block.timeout, bearer(self._key), wanted="a verdict", where="judge")
         except ServiceError as error:
-            raise ServiceError(self._hidden(error.what), where=error.where, fix=error.fix) from None
+            raise ServiceError(without_key(error.what, self._key), where=error.where, fix=error.fix) from None
 
     def _read(self, answer: bytes) -> Reply:
         try:
@@ -128,7 +110,5 @@ class ChatService:
                 return Reply(text, logprobs)
             case {"choices": [{"message": {"content": str(text)}}, *_]}:
                 return Reply(text)
-        return Reply(problem=UNPARSABLE, shown=self._hidden(answer[: 4 * _SHOWN].decode("utf-8", "replace"))[:_SHOWN])
-
-    def _hidden(self, text: str) -> str:
-        return text if self._key is None else text.replace(self._key, _HIDDEN)
+        said = without_key(answer[: 4 * _SHOWN].decode("utf-8", "replace"), self._key)
+        return Reply(problem=UNPARSABLE, shown=said[:_SHOWN])

@@ -12,6 +12,7 @@ import http.client
 import json
 import logging
 import math
+import os
 import socket
 import time
 import urllib.error
@@ -21,7 +22,7 @@ from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from rlhf.errors import ServiceError
+from rlhf.errors import RecipeError, ServiceError
 from rlhf.rewards.base import Column, Row
 
 logger = logging.getLogger("rlhf.rewards")
@@ -56,6 +57,7 @@ def http_scores(
     answers: list[str],
     *,
     url: str,
+    api_key_env: str | None,
     timeout: float,
     retries: int,
     batch_size: int,
@@ -63,20 +65,22 @@ def http_scores(
 ) -> Column:
     """What the service at `url` says of the answers, `batch_size` of them per request, None where it says nothing.
 
-    timeout: seconds that one try may take. Once a request has failed for good, the further ones of this call are tried
-    once, and after three in a row the rest are not sent: a service that is down must not hold up the other ranks. poll:
-    called before every try and while waiting for the next; it raises where asking must end early.
+    api_key_env: environment variable with the key, if any. timeout: seconds that one try may take. Once a request has
+    failed for good, the further ones of this call are tried once, and after three in a row the rest are not sent: a
+    service that is down must not hold up the other ranks. poll: called before every try and while waiting for the next;
+    it raises where asking must end early.
     """
     scores: Column = []
     failures: list[str] = []
     in_a_row = 0
+    key = read_key(api_key_env, "rewards: http: api_key_env")
     for start in range(0, len(answers), batch_size):
         some, texts = rows[start : start + batch_size], answers[start : start + batch_size]
         if in_a_row >= _GIVES_UP:
             scores += [None] * len(texts)
             continue
         body = _body(some, texts)
-        found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries, poll)
+        found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries, key, poll)
         failures += [failure] if failure else []
         in_a_row = in_a_row + 1 if failure else 0
         scores += found
@@ -116,17 +120,45 @@ def _is_json(value: Any) -> bool:
 
 
 def _ask(
-    url: str, body: bytes, count: int, timeout: float, retries: int, poll: Callable[[], None]
+    url: str, body: bytes, count: int, timeout: float, retries: int, key: str | None, poll: Callable[[], None]
 ) -> tuple[Column, str]:
     """One request with its further tries: (scores, why some are missing, empty where none failed)."""
     last = PassingError("")
     for again in range(retries + 1):
         pause(again, poll)
         try:
-            return _scores(exchange(url, body, timeout, {}, wanted="scores", where="rewards: http"), count), ""
+            answer = exchange(url, body, timeout, bearer(key), wanted="scores", where="rewards: http")
+            return _scores(answer, count), ""
         except PassingError as error:
             last = error
-    return [None] * count if last.scores is None else last.scores, str(last)
+        except ServiceError as error:
+            raise ServiceError(without_key(error.what, key), where=error.where, fix=error.fix) from None
+    return [None] * count if last.scores is None else last.scores, without_key(str(last), key)
+
+
+def read_key(variable: str | None, where: str) -> str | None:
+    """The key in the environment variable that the recipe names. where: the recipe's key, for messages."""
+    if variable is None:
+        return None
+    key = os.environ[variable] if variable in os.environ else ""
+    if not key or not key.isascii() or not key.isprintable():
+        found = "something else" if key else "none"
+        raise RecipeError(
+            f"expected a key in the environment variable {variable}, found {found}",
+            where=where,
+            fix="Set it in the shell that starts the command, or remove the option where none is needed.",
+        )
+    return key
+
+
+def bearer(key: str | None) -> dict[str, str]:
+    """The header that carries a key."""
+    return {} if key is None else {"Authorization": f"Bearer {key}"}
+
+
+def without_key(text: str, key: str | None) -> str:
+    """What may be said: a service may repeat the key that it was sent."""
+    return text if key is None else text.replace(key, "(key)")
 
 
 def pause(again: int, poll: Callable[[], None]) -> None:

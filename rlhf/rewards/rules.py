@@ -15,6 +15,7 @@ from typing import Any
 from rlhf.data.demo import gold_reward
 from rlhf.errors import DataError, RecipeError
 from rlhf.rewards.base import RULES, Column, Row
+from rlhf.rewards.patterns import searching
 from rlhf.rewards.user_code import call, checked_scores
 
 # A number as people and models write it: -1,234.5, $18, 3/4, 0.5 %, 1e6, **72**, "18." at the end of a sentence. ASCII
@@ -66,11 +67,15 @@ def format_found(rows: list[Row], answers: list[str], *, pattern: str) -> Column
     """1 if the regular expression is found in the answer, else 0.
 
     A match must start in the last 8,192 characters, which bounds the time of a pattern that is quadratic in the text;
-    `^` and `\\A` still mean the beginning of the whole answer. Patterns that are exponential (nested repetition such as
-    `(a+)+$`) are not guarded against.
+    `^` and `\\A` still mean the beginning of the whole answer. A pattern that is exponential (nested repetition such as
+    `(a+)+$`) ends the run when an answer takes it more than 5 seconds.
     """
     compiled = _compiled(pattern)
-    return [float(compiled.search(text, max(0, len(text) - _FORMAT_WINDOW)) is not None) for text in answers]
+    scores: Column = []
+    for text in answers:
+        with searching(pattern, "rewards: format: pattern"):
+            scores.append(float(compiled.search(text, max(0, len(text) - _FORMAT_WINDOW)) is not None))
+    return scores
 
 
 @RULES.register("length", paper="arXiv:2503.04697 eq. 1 (distance to a target length)")

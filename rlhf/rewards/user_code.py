@@ -12,26 +12,21 @@ import importlib.util
 import inspect
 import math
 import numbers
-import signal
 import sys
-import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import ModuleType
 from typing import Any
 
+from rlhf.bounds import OutOfTimeError, time_limit
 from rlhf.errors import RecipeError, UserError
 from rlhf.rewards.base import Column
 
 UserFunction = Callable[[list[Any], list[Any]], Any]
-
-
-class _OutOfTimeError(BaseException):
-    """Not an Exception: code that catches those must not swallow it."""
 
 
 def load_function(spec: str) -> None:
@@ -44,11 +39,11 @@ def call(spec: str, timeout: float, *arguments: list[Any]) -> Any:
     function, path = _loaded(spec), Path(spec.rpartition(":")[0])
     started = time.monotonic()
     try:
-        with _limited(timeout):
+        with time_limit(timeout):
             result = function(*arguments)  # type: ignore[call-arg]
     except UserError:
         raise
-    except _OutOfTimeError as late:
+    except OutOfTimeError as late:
         raise _too_long(spec, timeout, _line(late, path)) from None
     except (Exception, SystemExit) as error:
         raise RecipeError(
@@ -90,30 +85,6 @@ def shown(value: Any) -> str:
     """Type and the beginning of a value, for messages."""
     text = repr(value)
     return f"{type(value).__name__} {text if len(text) <= 120 else text[:120] + '...'}"
-
-
-@contextmanager
-def _limited(timeout: float) -> Iterator[None]:
-    """Raise _OutOfTimeError inside after `timeout` seconds; timer and handler are as before afterwards.
-
-    Only the main thread gets signals; elsewhere a call that takes too long is noticed when it returns.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise _OutOfTimeError
-
-    handler = signal.signal(signal.SIGALRM, interrupt)
-    try:
-        timer = signal.setitimer(signal.ITIMER_REAL, timeout)
-        try:
-            yield
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, *timer)
-    finally:
-        signal.signal(signal.SIGALRM, handler)
 
 
 def _too_long(spec: str, timeout: float, line: str) -> RecipeError:

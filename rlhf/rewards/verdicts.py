@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rlhf.rewards.patterns import searching
+
 UNPARSABLE, MISSING, TOO_LONG = "unparsable", "missing", "too_long"
 DECIDED, TIES, DISAGREED = "decided", "ties", "disagreed"
 BEST_SCORE = 5
@@ -74,8 +76,9 @@ def share(logprobs: Any, pattern: str) -> Verdict:
 
 def _last(reply: str, pattern: str) -> re.Match[str] | None:
     found = None
-    for found in re.finditer(pattern, reply):  # noqa: B007  the last one counts: answers that are quoted come before
-        pass
+    with searching(pattern, "judge.verdict"):
+        for found in re.finditer(pattern, reply):  # noqa: B007  the last one counts: quoted answers come before
+            pass
     return found if found is not None and found[1] is not None else None
 
 

@@ -253,6 +253,9 @@ def _verified(folder: Path, hash_limit: int | None, parts: tuple[str, ...]) -> d
         if (size := path.stat().st_size) != entry["size"]:
             raise CheckpointError(f"expected {entry['size']} bytes, found {size}", where=str(path))
     for part in parts:
+        if (folder / part).is_symlink():
+            what = "expected a folder, found a symbolic link"
+            raise UnsafeError(what, where=str(folder / part), fix="Put the folder itself there.")
         for name in list_files(folder / part):
             path = folder / part / name
             if path.relative_to(folder).as_posix() not in {*files, MANIFEST} and not path.name.startswith("."):

@@ -34,6 +34,9 @@ class RunDir:
 
     def __init__(self, root: Path | str) -> None:
         self.root = Path(root)
+        if self.root.is_symlink():  # nothing is written, moved or deleted through a link
+            fix = "Name the folder that it leads to."
+            raise UnsafeError("expected a folder, found a symbolic link", where=str(self.root), fix=fix)
         if self.root.exists() and not self.root.is_dir():
             raise RecipeError("expected a folder, found a file", where=str(self.root), fix="Choose another --run.")
 
@@ -83,6 +86,9 @@ def resolve_parent(ref: str, run: RunDir, kinds: tuple[str, ...], key: str, reci
         raise CheckpointError(what, where=where, fix=_remedy(stage, kinds))
     try:
         manifest = stage.read_manifest()
+    except UnsafeError as error:
+        what = f"expected {stage.path} as it was published, found in {error.where}: {error.what}"
+        raise UnsafeError(what, where=where, fix=error.fix) from error
     except UserError as error:
         what = f"expected {stage.path} as it was published, found a change in {error.where}: {error.what}"
         raise CheckpointError(what, where=where, fix=error.fix) from error

@@ -21,6 +21,7 @@ from rlhf.errors import (
     BusyError,
     CheckpointError,
     RecipeError,
+    UnsafeError,
     UserError,
 )
 from rlhf.run import commit
@@ -146,6 +147,7 @@ class StageDir:
         if self.name in _RESERVED or SET_ASIDE.fullmatch(self.name):
             what = f"expected a name that is not used for something else, found {self.name}"
             raise RecipeError(what, where=str(self.path), fix="Choose another --name.")
+        self._refuse_links()
         lock = self._acquire(launcher)
         aside = None
         try:
@@ -163,6 +165,13 @@ class StageDir:
         """Raise UnsafeError where the run directory or the stage belongs to another user."""
         for path in (self.root, self.path):
             refuse_foreign(path)
+
+    def _refuse_links(self) -> None:
+        """Nothing of a stage folder lies elsewhere: what is written or deleted there would be."""
+        for path in self.path.iterdir() if self.path.is_dir() else ():
+            if path.is_symlink():
+                what = "expected a plain file or folder, found a symbolic link"
+                raise UnsafeError(what, where=str(path), fix="Put the file or folder itself there.")
 
     def refuse_if_held(self) -> None:
         """Raise BusyError where another process works on the stage now; `open` looks again."""

@@ -25,7 +25,7 @@ from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.schema import ModelRef
 from rlhf.recipe.stages import GRPORecipe, LabelRecipe, PreferenceRecipe, RewardRecipe, SFTRecipe
 from rlhf.rewards.chat_service import check_service
-from rlhf.rewards.http import check_reachable
+from rlhf.rewards.http import check_reachable, read_key
 from rlhf.rewards.rules import RULES
 from rlhf.rewards.user_code import load_function
 from rlhf.train.job import Job, model_refs, same_tokens_fix
@@ -144,6 +144,7 @@ def check_rewards(job: Job, tokenizer: PreTrainedTokenizerFast, prompts: list[Pr
         if isinstance(spec, (FunctionReward, ProcessReward)):
             load_function(spec.function)
         elif isinstance(spec, HttpReward):
+            read_key(spec.api_key_env, f"{key}.api_key_env")
             check_reachable(spec.url, spec.timeout, f"{key}.url")
         elif isinstance(spec, ModelReward):
             check_rendering(job, tokenizer, spec, key, prompts)

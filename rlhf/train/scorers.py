@@ -145,6 +145,5 @@ def _model(
 
 def _service(spec: HttpReward, poll: Callable[[], None]) -> Any:
     """A scorer behind an address, in the shape of a rule. poll: raises where nobody waits for the scores any more."""
-    limits = {"timeout": spec.timeout, "retries": spec.retries, "batch_size": spec.batch_size}
-    options = {"url": spec.url, **limits, "poll": poll}
+    options = {**spec.model_dump(exclude={"kind", "weight"}), "poll": poll}
     return lambda rows, answers: http_scores(rows, answers, **options)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from rlhf.batch import Loss
 from rlhf.engine import finite
+from rlhf.engine.ema import Ema
 from rlhf.engine.engine import Engine, sum_terms
 from rlhf.errors import CheckpointError, UnsafeError
 from rlhf.recipe.schema import OptimBlock, ZeroBlock
@@ -362,6 +363,43 @@ def test_code_in_a_checkpoint_is_not_run(forked, tmp_path, stage, pattern):
         with pytest.raises(UnsafeError, match="expected weights or optimizer state, found code"):
             engine.load(tmp_path / "checkpoint")
         assert not (tmp_path / "trace").exists()
+
+    forked(body)
+
+
+def test_code_in_the_file_of_another_rank_stops_this_one_too(forked, tmp_path):
+    def body():
+        engine = engine_of(1, optimizer="adamw")
+        engine.save(tmp_path / "checkpoint")
+        own = next((tmp_path / "checkpoint").rglob("*optim_states.pt"))
+        torch.save(Harmful(tmp_path / "trace"), own.with_name(own.name.replace("rank_0", "rank_1", 1)))
+        with pytest.raises(UnsafeError, match="expected weights or optimizer state, found code"):
+            engine.load(tmp_path / "checkpoint")
+        assert not (tmp_path / "trace").exists()
+
+    forked(body)
+
+
+def test_deepspeed_itself_reads_weights_only(forked, tmp_path):
+    """Whatever happens to a file after it was looked through."""
+
+    def body():
+        torch.save(Harmful(tmp_path / "trace"), tmp_path / "a.pt")
+        with pytest.raises(UnsafeError, match="found code"):
+            engine_of(1)._engine.checkpoint_engine.load(str(tmp_path / "a.pt"))
+        assert not (tmp_path / "trace").exists()
+
+    forked(body)
+
+
+def test_a_damaged_average_is_told(forked, tmp_path):
+    def body():
+        average = Ema(engine_of(0), 0.5)
+        average.save(tmp_path)
+        file = next(tmp_path.glob("ema-*"))
+        file.write_bytes(file.read_bytes()[:20])
+        with pytest.raises(CheckpointError, match="expected safetensors, found damage"):
+            average.load(tmp_path)
 
     forked(body)
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from transformers import (
 
 from rlhf.errors import CheckpointError, NumericsError
 from rlhf.models.build import Setup, add_lora, build_policy
-from rlhf.models.export import merged_state_dict, save_policy, save_scorer
+from rlhf.models.export import keep_code, merged_state_dict, save_policy, save_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
 from rlhf.models.linear import hasten
 from rlhf.recipe.schema import LoraBlock, ModelBlock
@@ -191,3 +192,20 @@ def test_contradictory_generation_options_of_the_base_do_not_stop_publishing(tin
     save_policy(module, tokenizer, tmp_path)
     again = GenerationConfig.from_pretrained(tmp_path)
     assert again.eos_token_id == [2, 4] and again.pad_token_id == 0 and again.temperature is None
+
+
+def test_a_published_model_asks_for_no_code_that_is_not_beside_it(tmp_path):
+    (tmp_path / "own.py").write_text("")
+    asked = {
+        "AutoConfig": "owner/model--own.Config",
+        "AutoModelForCausalLM": "own.Model",
+        "AutoModel": "owner/model--absent.Model",
+        "AutoTokenizer": ["owner/model--absent.Slow", None],
+    }
+    (tmp_path / "config.json").write_text(json.dumps({"auto_map": asked, "x": 1}))
+    keep_code(tmp_path)
+    kept = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model"}
+    assert json.loads((tmp_path / "config.json").read_text()) == {"auto_map": kept, "x": 1}
+    (tmp_path / "own.py").unlink()
+    with pytest.raises(CheckpointError, match="expected the model's code beside its weights"):
+        keep_code(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_code_beside_the_weights_is_refused(folder: Path, name: str) -> None:
         ("part-2.safetensors", CheckpointError, "found no part-2.safetensors"),
         ("../other/model.safetensors", UnsafeError, "expected the name of a file in this folder"),
         (3, UnsafeError, "expected the name of a file in this folder"),
+        ("", UnsafeError, "expected the name of a file in this folder"),
+        ("..", UnsafeError, "expected the name of a file in this folder"),
     ],
 )
 def test_an_index_names_files_that_are_there(folder: Path, listed: object, error: type, message: str) -> None:
@@ -93,3 +96,11 @@ def test_an_adapter_is_judged_with_its_base(folder: Path, tmp_path: Path) -> Non
 def test_torch_is_not_needed() -> None:
     code = "import sys, rlhf.models.folder; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "generation_config.json", "x"])
+def test_a_pipe_is_not_waited_for(folder: Path, name: str) -> None:
+    (folder / name).unlink(missing_ok=True)
+    os.mkfifo(folder / name)
+    with pytest.raises(UnsafeError, match="expected plain files, found a pipe, socket or device"):
+        check_model_folder(str(folder))

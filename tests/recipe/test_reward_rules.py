@@ -32,7 +32,7 @@ BROKEN = [
     ("{kind: http, url: 'http://é/'}", "url", "found 'http://é/'", "http://"),
     ("{kind: http, url: 'http://a/b c'}", "url", "without spaces", "http://"),
     ("{kind: http, url: 'http://a/#b'}", "url", "without #", "http://"),
-    ("{kind: http, url: 'http://me:secret@a/'}", "url", "no user name and password", "run directory"),
+    ("{kind: http, url: 'http://me@a/'}", "url", "no user name and password", "run directory"),
     ("{kind: http, url: 'http://a/', retries: 11}", "retries", "<= 10, found 11", ""),
     ("{kind: model}", "", "found neither", "path: HUB_ID"),
     ("{kind: model, from: a, zero: {stage: 2}}", "zero.stage", "0 or 3 for a frozen model, found 2", "shard"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from rlhf.errors import ServiceError, StoppedError
+from rlhf.errors import RecipeError, ServiceError, StoppedError
 from rlhf.rewards import http
 from rlhf.rewards.http import check_reachable, http_scores
 
@@ -30,6 +30,7 @@ class Service:
         self.asked: list[dict[str, Any]] = []
         self.reply: Reply = lambda number, posted: (200, {"scores": [len(answer) for answer in posted["answers"]]})
         self.headers: dict[str, str] = {}
+        self.keys: list[str | None] = []
         self.delay = 0.0
         self.drip = 0.0  # seconds between bytes
         self.url = ""
@@ -42,6 +43,7 @@ class Service:
                 posted = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 assert self.headers["Content-Type"] == "application/json"
                 service.asked.append(posted)
+                service.keys.append(self.headers["Authorization"])
                 time.sleep(service.delay)
                 status, answer = service.reply(len(service.asked), posted)
                 body = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
@@ -81,7 +83,7 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 def ask(service: Service, answers: list[str], **changes: Any) -> list[float | None]:
     rows = [{"row": i, "prompt": f"p{i}", "messages": []} for i, _ in enumerate(answers)]
-    options = {"url": service.url, "timeout": 5.0, "retries": 2, "batch_size": 4, **changes}
+    options = {"url": service.url, "api_key_env": None, "timeout": 5.0, "retries": 2, "batch_size": 4, **changes}
     return http_scores(rows, answers, **options)
 
 
@@ -94,7 +96,7 @@ def test_answers_are_posted_in_batches_and_scored_in_order(service: Service) -> 
 
 def test_columns_that_json_cannot_hold_are_left_out(service: Service) -> None:
     row = {"prompt": "p", "answer": 7, "when": datetime.date(2024, 1, 1), "raw": b"x", "nan": float("nan"), "l": [None]}
-    assert http_scores([row], ["abc"], url=service.url, timeout=5.0, retries=0, batch_size=1) == [3.0]
+    assert http_scores([row], ["abc"], url=service.url, api_key_env=None, timeout=5.0, retries=0, batch_size=1) == [3.0]
     assert service.asked[0]["rows"] == [{"prompt": "p", "answer": 7, "l": [None]}]
 
 
@@ -247,3 +249,28 @@ def test_nobody_waits_for_a_service_when_asked_to_stop(service: Service) -> None
     with pytest.raises(StoppedError):
         ask(service, ["a"] * 9, poll=poll)
     assert len(service.asked) == 1 and time.monotonic() - started < 5.0
+
+
+# --- keys -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_key_goes_into_a_header_and_into_nothing_that_is_said(service, monkeypatch, caplog):
+    monkeypatch.setenv("MY_KEY", "canary-123")
+    assert ask(service, ["ab"]) == [2.0] and service.keys == [None]
+    assert ask(service, ["ab"], api_key_env="MY_KEY") == [2.0] and service.keys[1] == "Bearer canary-123"
+    service.reply = lambda number, posted: (500, b"I do not like canary-123")
+    assert ask(service, ["ab"], api_key_env="MY_KEY", retries=0) == [None]
+    assert "I do not like (key)" in caplog.text and "canary" not in caplog.text
+    service.reply = lambda number, posted: (401, b"who is canary-123?")
+    with pytest.raises(ServiceError, match=r"who is \(key\)\?") as refusal:
+        ask(service, ["ab"], api_key_env="MY_KEY")
+    assert "canary" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("value", "found"), [(None, "none"), ("", "none"), ("a\nb", "something else")])
+def test_a_key_that_is_not_there(service, monkeypatch, value, found):
+    monkeypatch.delenv("MY_KEY", raising=False)
+    if value is not None:
+        monkeypatch.setenv("MY_KEY", value)
+    with pytest.raises(RecipeError, match=f"environment variable MY_KEY, found {found}"):
+        ask(service, ["ab"], api_key_env="MY_KEY")

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf.data.demo import bayes_accuracy, demo_rows, gold_reward
 from rlhf.errors import DataError, RecipeError
+from rlhf.rewards import patterns, verdicts
 from rlhf.rewards.rules import demo_gold, exact, format_found, length, numeric, parse_number
 
 GSM8K = {"answer": "answer", "marker": "####", "tolerance": 1e-6}
@@ -221,3 +222,13 @@ def test_length_by_hand() -> None:
 def test_rules_need_no_torch() -> None:
     code = "import sys, rlhf.rewards.rules; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_pattern_that_does_not_come_to_an_end_is_told(monkeypatch):
+    monkeypatch.setattr(patterns, "SECONDS", 0.3)
+    started = time.monotonic()
+    with pytest.raises(RecipeError, match=r"expected a pattern that is searched in 0.3 s, found '\(a\+\)\+\$'"):
+        format_found([{}], ["a" * 40 + "!"], pattern="(a+)+$")
+    with pytest.raises(RecipeError, match="judge.verdict: expected a pattern that is searched"):
+        verdicts.points("a" * 40 + "!", "((a+)+)$")
+    assert time.monotonic() - started < 3

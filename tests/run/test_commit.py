@@ -392,3 +392,12 @@ def test_a_lock_is_not_taken_through_a_link(folder: Path) -> None:
     with pytest.raises(UnsafeError):
         Lock(folder / ".sft.lock").acquire()
     assert not (folder / "elsewhere").exists()
+
+
+def test_a_linked_folder_does_not_verify(folder: Path) -> None:
+    final = save(folder, 100)
+    (folder / "elsewhere").mkdir()
+    final.rename(folder / "elsewhere" / final.name)
+    final.symlink_to(folder / "elsewhere" / final.name)
+    with pytest.raises(UnsafeError, match="symbolic link"):
+        commit.verify(final)

@@ -1,5 +1,6 @@
 """Names, the state of a run, and finding a parent."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,25 @@ def test_a_linked_stage_folder_is_refused(run: RunDir, tmp_path: Path) -> None:
     with pytest.raises(UnsafeError, match="symbolic link"):
         run.stage("sft")
     assert run.stages() == []
+
+
+def test_a_linked_run_directory_is_refused(run: RunDir, tmp_path: Path) -> None:
+    run.root.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run.root)
+    with pytest.raises(UnsafeError, match="expected a folder, found a symbolic link"):
+        RunDir(tmp_path / "link")
+    (tmp_path / "parent").symlink_to(run.root.parent)  # where a run directory lies is the user's to arrange
+    RunDir(tmp_path / "parent" / run.root.name).stage("sft")
+
+
+def test_a_hostile_manifest_of_a_parent_is_unsafe_not_just_damaged(run: RunDir) -> None:
+    sft = make(run, "sft")
+    found = json.loads(sft.manifest.read_text())
+    found["files"]["../x"] = {"size": 1, "sha256": "0"}
+    sft.manifest.write_text(json.dumps(found))
+    with pytest.raises(UnsafeError, match="expected file names inside the folder") as caught:
+        resolve_parent("sft", run, ("policy",), "model.from", "ppo.yaml")
+    assert str(caught.value).startswith("ppo.yaml: model.from: ")
 
 
 def test_a_run_must_be_a_folder(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from rlhf.errors import (
     RecipeError,
     ServiceError,
     StoppedError,
+    UnsafeError,
 )
 from rlhf.run import commit
 from rlhf.run.lineage import Parent, content_hash
@@ -437,3 +438,16 @@ def test_a_crash_at_any_moment_of_publishing_leaves_all_or_nothing(
         if not died:
             break
     assert finished == {False, True} and operation > 20
+
+
+@pytest.mark.parametrize("name", ["log.txt", "metrics.jsonl", "checkpoints", "model", "status.json", ".tmp-model"])
+def test_nothing_of_a_stage_lies_elsewhere(tmp_path: Path, name: str) -> None:
+    run = RunDir(tmp_path / "run")
+    with run.stage("sft").open(INPUTS):
+        pass
+    path = run.stage("sft").path / name
+    path.unlink(missing_ok=True)
+    path.symlink_to(tmp_path)
+    with pytest.raises(UnsafeError, match="found a symbolic link"):
+        run.stage("sft").open(INPUTS)
+    assert run.stage("sft").holder() is None

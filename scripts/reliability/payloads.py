@@ -1,0 +1,122 @@
+"""What a hostile template, recipe or answer may say. MARK stands for the folder that is made where one succeeds."""
+
+from __future__ import annotations
+
+PYTHON = "__import__('os').mkdir('MARK')"
+_CLASSES = "''.__class__.__mro__[1].__subclasses__()"
+_OS = "__init__.__globals__['__builtins__']['__import__']('os').mkdir('MARK')"
+
+# Server-side template injections: ways out of Jinja's sandbox that have worked somewhere.
+TEMPLATES = [
+    "{{ " + f"self.{_OS}" + " }}",
+    "{{ " + f"self._TemplateReference__context.cycler.{_OS}" + " }}",
+    "{{ " + f"cycler.{_OS}" + " }}",
+    "{{ " + f"joiner.{_OS}" + " }}",
+    "{{ " + f"namespace.{_OS}" + " }}",
+    "{{ " + f"lipsum.{_OS.replace('__init__.', '')}" + " }}",
+    "{{ " + f"range.{_OS}" + " }}",
+    "{{ " + f"raise_exception.{_OS.replace('__init__.', '')}" + " }}",
+    "{{ " + f"strftime_now.{_OS.replace('__init__.', '')}" + " }}",
+    "{{ " + f"messages[0].__class__.{_OS}" + " }}",
+    "{{ " + f"messages.__class__.__base__.__subclasses__()[100].{_OS}" + " }}",
+    "{{ " + f"messages[0]['content'].__class__.{_OS}" + " }}",
+    "{% for c in " + _CLASSES + " %}{% if 'warn' in c.__name__ %}{{ c()._module." + _OS + " }}{% endif %}{% endfor %}",
+    "{% for c in " + _CLASSES + " %}{{ c." + _OS + " }}{% endfor %}",
+    "{{ ''|attr('__class__')|attr('__mro__')|last|attr('__subclasses__')() }}",
+    "{{ ''|attr('\\x5f_class_\\x5f')|attr('\\x5f_base_\\x5f')|attr('\\x5f_subclasses_\\x5f')() }}",
+    "{{ ''['__cl' ~ 'ass__']['__ba' ~ 'se__']['__subcl' ~ 'asses__']() }}",
+    "{{ (''|attr('format')).__self__.__class__.__base__.__subclasses__() }}",
+    "{{ '{0.__class__.__init__.__globals__}'.format(messages) }}",
+    "{{ '{0.__class__}'|format(messages) }}{{ '{0.__class__}'.format_map({'0': 1}) }}{{ ''.__class__.__base__ }}",
+    "{{ ['{0.__class__.__mro__}']|map('format', 1)|list }}{{ ''.__class__.mro() }}",
+    "{% set f = '{0.__class__.__init__.__globals__}'.format %}{{ f(cycler) }}",
+    "{{ ([1]|map(attribute='__class__')|first).__base__.__subclasses__() }}",
+    "{{ messages|map(attribute='__class__.__base__')|list }}{{ (messages|map(attribute='__class__')|first).__mro__ }}",
+    "{{ messages|groupby('__class__')|first|attr('grouper')|attr('__base__')|attr('__subclasses__')() }}",
+    "{{ messages|sum(attribute='__class__', start='')|attr('__mro__') }}",
+    "{% macro m() %}{% endmacro %}{{ m.__init__.__globals__ }}{{ m.__class__.__call__.__globals__ }}",
+    "{% macro m() %}{{ caller." + _OS + " }}{% endmacro %}{% call m() %}{% endcall %}",
+    "{% set x = messages.append(1) %}",
+    "{% set x = messages[0].update({'content': 'y'}) %}",
+    "{% set x = messages.clear() %}",
+    "{% set x = messages[0].pop('content') %}",
+    "{% include '/etc/passwd' %}",
+    "{% import 'os' as os %}{{ os.mkdir('MARK') }}",
+    "{% from 'os' import mkdir %}{{ mkdir('MARK') }}",
+    "{% extends '/etc/passwd' %}",
+    "{{ " + PYTHON + " }}",
+    "{{ eval(\"" + PYTHON + "\") }}",
+    "{{ ().__class__.__bases__[0].__subclasses__() }}",
+    "{{ (1).__class__.__base__.__subclasses__() }}",
+    "{{ loop.__class__.__init__.__globals__ }}{% for x in [1] %}{{ loop." + _OS + " }}{% endfor %}",
+    "{% for x in [1] %}{{ loop.__class__.__iter__.__globals__ }}{% endfor %}",
+]  # fmt: skip
+# Templates that never end, or want all memory there is.
+BOMBS = [
+    "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(9) %}{% endfor %}{% endfor %}{% endfor %}",
+    "{{ 'a' * 10000000000 }}",
+    "{{ '%10000000000d' % 1 }}",
+    "{{ 'a'.ljust(10000000000) }}",
+    "{{ '{:>10000000000}'.format(1) }}",
+    "{{ 'a'|center(10000000000) }}",
+    "{% set n = namespace(x='a' * 1000000) %}{% for i in range(99999) %}{% set n.x = n.x ~ n.x %}{% endfor %}{{ n.x }}",
+    "{% set x = 'a' * 1000000 %}{% for i in range(99999) %}{{ x }}{% endfor %}",
+    "{% macro m(n) %}{{ m(n + 1) }}{% endmacro %}{{ m(0) }}",
+    "{{ lipsum(n=99999, max=99999) }}",
+    "{{ 9 ** (9 ** 9) }}",
+    "{{ " + "(" * 3000 + "1" + ")" * 3000 + " }}",
+    "{{ range(10 ** 30) }}",
+    "{{ 1 / 0 }}",
+]  # fmt: skip
+
+RECIPES = [
+    "!!python/object/apply:os.mkdir [MARK]",
+    "!!python/object/new:os.mkdir [MARK]",
+    "!!python/object:os.system {}",
+    "!!python/name:os.mkdir ''",
+    "!!python/module:os ''",
+    "!!python/tuple [1, 2]",
+    "!!python/object/apply:builtins.eval [\"" + PYTHON + "\"]",
+    "!!python/object/apply:subprocess.check_call [[mkdir, MARK]]",
+    "!!python/object/new:type {args: [x, !!python/tuple [], {}], listitems: [1]}",
+    "!!binary aGVsbG8=",
+    "!!set {a, b}",
+    "!!omap [a: 1]",
+    "!!timestamp 2024-01-01",
+    "!include /etc/passwd",
+    "!env HOME",
+    "!!js/function 'function(){}'",
+    "!!map {<<: {train: {lr: 1}}, _target_: os.mkdir, _args_: [MARK]}",
+    "{_target_: os.mkdir, path: MARK}",
+    "{class_path: os.mkdir, init_args: {path: MARK}}",
+    "{$ref: 'file:///etc/passwd'}",
+    "&a [*a]",
+    "*nothing",
+    "[" * 200 + "]" * 200,
+    "{a: " * 200 + "1" + "}" * 200,
+    "{a: 1, a: 2}",
+    "- a\n- b: [\n",
+    "\0",
+    "'" + "x" * 300_000 + "'",
+    "9" * 5000,
+    "0x" + "f" * 5000,
+]  # fmt: skip
+INERT = ["${HOME}", "$HOME", "${oc.env:HOME}", "{{ HOME }}", "%(HOME)s", "`id`", "$(id)", "<%= 1 %>"]
+
+_ANSWERS = [
+    PYTHON, f"eval(\"{PYTHON}\")", f"exec(\"{PYTHON}\")", f"{{{PYTHON}}}", f"\\boxed{{{PYTHON}}}", f"$({PYTHON})",
+    f"<answer>{PYTHON}</answer>", f"```python\n{PYTHON}\n```", f"lambda: {PYTHON}", f"f'{{{PYTHON}}}'",
+    f"(lambda: {PYTHON})()", f"[{PYTHON} for _ in [1]]", f"sympify(\"{PYTHON}\")", f"parse_expr(\"{PYTHON}\")",
+    "$(mkdir MARK)", "`mkdir MARK`", "; mkdir MARK;", "| mkdir MARK", "&& mkdir MARK", "\nmkdir MARK\n",
+    "{{ cycler.__init__.__globals__.os.mkdir('MARK') }}", "{0.__class__.__init__.__globals__}", "%(a)s %s %n %x",
+    "!!python/object/apply:os.mkdir ['MARK']", "cos\nmkdir\n(S'MARK'\ntR.",
+    "gASVIQAAAAAAAACMBXBvc2l4lIwFbWtkaXKUk5Q=",
+    "10**10**10", "9**9**9**9", "1e999999", "-1e309", "nan", "inf", "-inf", "0x" + "f" * 5000, "9" * 100_000,
+    "1/0", "0/0", "1" + ",000" * 50_000, "1." + "0" * 100_000, "1e-999999", "1_000", "\u0661\u0662",
+    "\u00bd", "1\u00a0000",
+    "a" * 200_000, "aaaa" * 5_000 + "!", " " * 100_000, "\n" * 100_000, "(" * 50_000, "\0" * 100, "\ud800",
+    "\u202e72",
+    "#### 72", "Preferred=1", "Preferred=tie", "Score: 5", "Score: 99999999999999999999", "{\"scores\": [1]}",
+]  # fmt: skip
+_WRAPPED = ("{}", "#### {}", "The answer is {}.", "Score: {}", "Preferred={}")
+ANSWERS = [wrap.replace("{}", answer) for answer in _ANSWERS for wrap in _WRAPPED]
