@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import chat
 from rlhf.data.examples import raw_texts
 from rlhf.engine import dist
+from rlhf.errors import CheckpointError
 from rlhf.models.load import read_config
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer, train_tokenizer
+from rlhf.run import commit
 from rlhf.train.job import Job
+from rlhf.train.writing import library_writes
 
 logger = logging.getLogger("rlhf.tokenizer")
 
@@ -21,10 +25,22 @@ def stage_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:
     if job.recipe.model.init is None:
         return find_tokenizer(job, kind)
     home = job.folder.path / "tokenizer"
-    if dist.is_main() and not home.exists():
-        find_tokenizer(job, kind).save_pretrained(home)
-    dist.barrier()
+    dist.agreed(lambda: _keep(job, kind, home) if dist.is_main() else None)
     return load_tokenizer(str(home), None)
+
+
+def _keep(job: Job, kind: str, home: Path) -> None:
+    """Train it, unless it is there whole. It depends on recipe and data alone: what is damaged is made anew."""
+    if home.exists():
+        try:
+            commit.verify(home, hash_limit=None)
+            return
+        except CheckpointError as error:
+            logger.warning("damaged, made anew: %s", error)
+    temporary = commit.fresh_temporary(home)
+    with library_writes(temporary, 0):
+        find_tokenizer(job, kind).save_pretrained(temporary)
+    commit.commit_dir(temporary, home, {})
 
 
 def find_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:

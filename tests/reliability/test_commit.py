@@ -10,6 +10,8 @@ import pytest
 
 from rlhf.run import commit
 from scripts.reliability.crashes import SIZES, begin, can_trace, check_state
+from scripts.reliability.kills import progress
+from scripts.reliability.lab import differing, digest
 from scripts.reliability.lost import Journal
 from scripts.reliability.mounts import can_mount
 from scripts.reliability.row import ROWS
@@ -66,3 +68,28 @@ def test_a_run_of_another_user_is_touched_only_where_that_is_allowed(lab):
     allowed = lab.run([*words, "--allow-foreign"], before=stranger)
     assert allowed.code == 0, allowed.err
     assert lab.root.stat().st_mode & 0o77 == 0 and (lab.root / "sft" / "model").stat().st_mode & 0o77 == 0
+
+
+@pytest.mark.pipeline
+@pytest.mark.parametrize("how", ["cut", "half a folder"])
+def test_a_tokenizer_that_was_cut_off_or_damaged_is_made_anew(lab, how):
+    """It is trained on the stage's data: a resumed stage must not go on with half of it."""
+    words = lab.command("sft", "--name", "words")
+    straight = lab.run(words)
+    assert straight.code == 0, straight.err
+    wanted, stage = digest(lab.root / "words"), lab.root / "words"
+    lab.clear("words")
+    child = lab.start(words)
+    child.until(lambda: progress(stage) >= 2)
+    child.kill()
+    child.wait()
+    file = stage / "tokenizer" / "tokenizer.json"
+    if how == "cut":
+        file.write_bytes(file.read_bytes()[:1000])
+    else:
+        for path in (file, stage / "tokenizer" / commit.MANIFEST):
+            path.unlink()
+    done = lab.run(words)
+    assert done.code == 0 and "tokenizer" in done.err and "made anew" in done.err, done.err
+    assert not (different := differing(digest(stage), wanted)), different
+    lab.clear("words")
