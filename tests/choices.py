@@ -240,7 +240,10 @@ CASES = {
         {
             "advantage": {"name": "rloo"},
             "policy_loss": {"name": "rloo_clip", "clip_low": 0.1, "clip_high": 0.3},
-            "rewards": [{"kind": "http", "url": "URL", "weight": 0.5, "timeout": 20.0, "retries": 1, "batch_size": 5}],
+            "rewards": [
+                {"kind": "http", "url": "URL", "weight": 0.5, "timeout": 20.0, "retries": 1, "on_failure": "stop"},
+                {"kind": "http", "url": "URL", "on_failure": "unscored", "batch_size": 5},
+            ],
         },
         every("reward/http"),
     ),

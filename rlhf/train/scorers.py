@@ -139,5 +139,5 @@ def _model(
 
 def _service(spec: HttpReward) -> Any:
     """A scorer behind an address, in the shape of a rule."""
-    options = {"url": spec.url, "timeout": spec.timeout, "retries": spec.retries, "batch_size": spec.batch_size}
+    options = spec.model_dump(exclude={"kind", "weight"})
     return lambda rows, answers: http_scores(rows, answers, **options)

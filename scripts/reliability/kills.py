@@ -12,6 +12,7 @@ from pathlib import Path
 
 from scripts.judge_server import Settings, make_server
 from scripts.reliability.lab import STAGES, Done, Lab, differing, digest
+from scripts.reliability.pipelines import killed_pipelines
 from scripts.reliability.row import Tally, row
 from scripts.reliability.service import serving
 from scripts.reliability.variants import BY_FOLDER, LABEL, MERGE, VARIANTS, Variant
@@ -30,7 +31,7 @@ CHAIN = 5
     full=20,
 )
 def killed_once(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
-    """tries: per stage, shared by its variants, whole and LoRA first; labels get half, merging two."""
+    """tries: per stage, shared by its variants, whole and LoRA first; labels get half, merging and pipelines two."""
     numbers = {"label": (tries + 1) // 2, "merge": min(tries - 1, 2)}
     with judging() as judge:
         for stage, variants in VARIANTS.items():
@@ -40,6 +41,7 @@ def killed_once(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
             for variant, times in shared.items():
                 if times:
                     killed(lab, tally, variant, times, random.Random(f"{seed}{variant.folder}"), judge)
+    killed_pipelines(lab, tally, tries // 10, seed)
 
 
 def killed(lab: Lab, tally: Tally, variant: Variant, tries: int, draw: random.Random, judge: str) -> None:
