@@ -31,6 +31,7 @@ from rlhf.train.job import POLICY, Job
 from rlhf.train.objectives import bind
 from rlhf.train.preflight import check_kind
 from rlhf.train.seeding import derive
+from rlhf.train.tokenizers import check_published
 
 logger = logging.getLogger("rlhf.merge")
 
@@ -165,7 +166,9 @@ def publish(job: Job, model: nn.Module, tokenizer: PreTrainedTokenizerFast, chan
     assert isinstance(recipe, MergeRecipe)
     stop_ids = chat.stop_token_ids(tokenizer, model.generation_config)
     model.generation_config.eos_token_id = stop_ids  # plain `generate` must stop where our rollouts do
-    save_policy(PolicyModule(model), tokenizer, folder.export_dir("model"))
+    target = folder.export_dir("model")
+    save_policy(PolicyModule(model), tokenizer, target)
+    check_published(target, tokenizer)
     names = {key: ref.from_ or ref.path for key, ref in merged_models(recipe)} | {"merged": "merged"}
     for key, change in changes.items():
         facts = change.facts()

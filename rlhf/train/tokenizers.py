@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 from transformers import PreTrainedTokenizerFast
 
 from rlhf.data import chat
 from rlhf.data.examples import raw_texts
 from rlhf.engine import dist
+from rlhf.errors import CheckpointError
 from rlhf.models.load import read_config
 from rlhf.models.tokenizer import ensure_pad, load_tokenizer, train_tokenizer
+from rlhf.run import commit
 from rlhf.train.job import Job
 
 logger = logging.getLogger("rlhf.tokenizer")
@@ -21,10 +24,30 @@ def stage_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:
     if job.recipe.model.init is None:
         return find_tokenizer(job, kind)
     home = job.folder.path / "tokenizer"
-    if dist.is_main() and not home.exists():
-        find_tokenizer(job, kind).save_pretrained(home)
-    dist.barrier()
+    dist.agreed(lambda: keep_trained(job, kind, home) if dist.is_main() else None)
     return load_tokenizer(str(home), None)
+
+
+def keep_trained(job: Job, kind: str, home: Path) -> None:
+    """Train it and write it whole or not at all; what an earlier start has written must be as it was."""
+    if home.exists():
+        commit.verify(home, hash_limit=None)
+        return
+    temporary = commit.fresh_temporary(home)
+    find_tokenizer(job, kind).save_pretrained(temporary)
+    commit.commit_dir(temporary, home, {})
+
+
+def check_published(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A published tokenizer reads back with the tokens and the template of the stage's."""
+    again = load_tokenizer(str(folder), None)
+    for what, hash_of in (("tokens", chat.tokenizer_hash), ("chat template", chat.template_hash)):
+        if hash_of(again) != hash_of(tokenizer):
+            raise CheckpointError(
+                f"expected on disk the {what} of the stage's tokenizer, found others",
+                where=str(folder),
+                fix="Nothing was published. The last checkpoint is untouched: the same command tries again.",
+            )
 
 
 def find_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:

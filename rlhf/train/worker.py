@@ -9,11 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import logging as hf_logging
 
@@ -40,7 +42,7 @@ from rlhf.train.seeding import seed_everything
 from rlhf.train.shared import published
 from rlhf.train.signals import StopRequest
 from rlhf.train.token_cache import cache_key, cached_examples
-from rlhf.train.tokenizers import stage_tokenizer
+from rlhf.train.tokenizers import check_published, stage_tokenizer
 
 logger = logging.getLogger("rlhf.stage")
 
@@ -193,17 +195,11 @@ def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: di
     statistics = parts.statistics() if parts.statistics is not None else None
     if statistics is not None:
         set_statistics(parts.published["model"][0].module.core.config, statistics)
-    for part, (engine, kind) in parts.published.items():
+    for part, (engine, _) in parts.published.items():
         average = parts.averages[part] if part in parts.averages else None
         with average.swapped() if average is not None else nullcontext():
             state = engine.state_dict()
-        if state is not None:
-            if kind == "policy":  # plain `generate` must stop where our rollouts do
-                engine.module.core.generation_config.eos_token_id = parts.stop_ids
-            target = job.folder.export_dir(part)
-            module, weights = published(engine, state)
-            (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
-        dist.barrier()
+        dist.agreed(partial(export, job, part, parts, tokenizer, state))
     if dist.is_main():
         engine, kind = parts.published["model"]
         facts = {
@@ -220,6 +216,21 @@ def publish(job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, base: di
         }
         job.folder.publish(kind, facts, parts.steps)
     dist.barrier()
+
+
+def export(
+    job: Job, part: str, parts: Parts, tokenizer: PreTrainedTokenizerFast, state: dict[str, Tensor] | None
+) -> None:
+    """Write one of the models on rank 0, and see that it reads back. state: its weights; None on other ranks."""
+    if state is None:
+        return
+    engine, kind = parts.published[part]
+    if kind == "policy":  # plain `generate` must stop where our rollouts do
+        engine.module.core.generation_config.eos_token_id = parts.stop_ids
+    target = job.folder.export_dir(part)
+    module, weights = published(engine, state)
+    (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
+    check_published(target, tokenizer)
 
 
 def base_model(job: Job) -> str:

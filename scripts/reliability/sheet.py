@@ -1,6 +1,6 @@
 """All rows: importing this module enters every scenario."""
 
-from scripts.reliability import kills, rewards
+from scripts.reliability import export, kills, rewards
 from scripts.reliability.row import ROWS
 
-__all__ = ["ROWS", "kills", "rewards"]
+__all__ = ["ROWS", "export", "kills", "rewards"]
