@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -144,8 +144,8 @@ def go_through(job: Job, stage: Stage, first_step: int, progress: Progress, stop
         folder.cut_logs(first_step)
     dist.barrier()
     stop.after_step = True
-    log = MetricsLog(folder.metrics, job.recipe.log, f"{folder.root.name}/{folder.name}")
-    return fit(stage, first_step, log, progress, stop)
+    with closing(MetricsLog(folder.metrics, job.recipe.log, f"{folder.root.name}/{folder.name}", first_step)) as log:
+        return fit(stage, first_step, log, progress, stop)
 
 
 def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:

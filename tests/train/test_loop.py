@@ -121,7 +121,9 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
 
 def run(path: Path, one: Stage, first_step: int = 0, stop: StopRequest | None = None) -> dict[str, float]:
     with Progress("test", one.steps, first_step, Console(quiet=True)) as progress:
-        return fit(one, first_step, MetricsLog(path, LogBlock(), "run/ppo"), progress, stop or StopRequest())
+        return fit(
+            one, first_step, MetricsLog(path, LogBlock(), "run/ppo", first_step), progress, stop or StopRequest()
+        )
 
 
 def rows(path: Path) -> list[dict]:
