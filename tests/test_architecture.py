@@ -31,8 +31,8 @@ ALLOWED = {
     "rewards": {"torch", "rlhf.batch", "rlhf.data.demo", "rlhf.recipe", "rlhf.models", "rlhf.algo.registry"},
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
-        "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",
-        "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards",
+        "rich", "safetensors", "tensorboard", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__",
+        "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards",
         "rlhf.run",
     },
     "eval": {

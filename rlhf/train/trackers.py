@@ -7,6 +7,7 @@ training goes on. The first failure is said once, and is the tracker's last act.
 from __future__ import annotations
 
 import logging
+import os
 import queue
 import threading
 import time
@@ -74,16 +75,25 @@ def trackers(log: LogBlock, folder: Path, run_name: str, first_step: int) -> lis
 
 
 def _tensorboard(folder: Path, first_step: int) -> Sink:
-    from torch.utils.tensorboard import SummaryWriter  # imported on request: it takes a second
+    """An event file, written in this thread: TensorBoard's own writer starts one that nobody hears failing."""
+    from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # imported on request: it takes a second
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.record_writer import RecordWriter
 
-    writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+    folder.mkdir(exist_ok=True)
+    file = (folder / f"events.out.tfevents.{time.time_ns()}.{os.getpid()}").open("xb")
+    writer = RecordWriter(file)
+
+    def put(**fields: object) -> None:
+        writer.write(Event(wall_time=time.time(), **fields).SerializeToString())
+        file.flush()
 
     def take(step: int, row: Row) -> None:
-        for name, value in row.items():
-            writer.add_scalar(name, value, step)
-        writer.flush()
+        put(step=step, summary=Summary(value=[Summary.Value(tag=tag, simple_value=row[tag]) for tag in row]))
 
-    return take, writer.close
+    put(file_version="brain.Event:2")
+    put(step=first_step + 1, session_log=SessionLog(status=SessionLog.START))  # voids these steps of earlier files
+    return take, file.close
 
 
 def _wandb(project: str, run_name: str, folder: Path) -> Sink:

@@ -17,6 +17,7 @@ from scripts.reliability.row import Tally, row
 
 PATIENCE_S = 1.0
 STAGES = ("sft", "rm", "ppo", "grpo", "dpo")
+_OWN_MOUNTS = 0x20000  # CLONE_NEWNS
 _PRIVATE, _READ_ONLY = 1 << 18 | 1 << 14, 1  # MS_PRIVATE with MS_REC, MS_RDONLY
 
 WANDB = """\
@@ -139,25 +140,24 @@ def prepared(package: Path | None) -> None:
 
 
 def mounted(folder: Path, fault: str) -> None:
-    """A file system of 4 KiB, or one that is read-only, that this process alone sees at the folder."""
+    """A file system of 4 KiB that is full, or one that is read-only, that this process alone sees at the folder."""
     prepared(None)
     libc = ctypes.CDLL(None, use_errno=True)
-    os.unshare(os.CLONE_NEWNS)
     flags = _READ_ONLY if fault == "read-only" else 0
     done = [
+        libc.unshare(_OWN_MOUNTS),
         libc.mount(None, b"/", None, _PRIVATE, None),
         libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", flags, b"size=4k"),
     ]
-    assert done == [0, 0], os.strerror(ctypes.get_errno())
+    assert not any(done), os.strerror(ctypes.get_errno())
+    if fault == "full":
+        (folder / "other").write_bytes(bytes(4096))
 
 
 def can_mount() -> bool:
     """Whether this user may mount something for a process of its own."""
     pid = os.fork()
     if pid == 0:
-        try:
-            os.unshare(os.CLONE_NEWNS)
-            os._exit(0 if ctypes.CDLL(None).mount(None, b"/", None, _PRIVATE, None) == 0 else 1)
-        finally:
-            os._exit(1)
+        libc = ctypes.CDLL(None)
+        os._exit(1 if libc.unshare(_OWN_MOUNTS) or libc.mount(None, b"/", None, _PRIVATE, None) else 0)
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
