@@ -32,8 +32,8 @@ ALLOWED = {
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.recipe"},
     "train": {
         "rich", "safetensors", "tensorboard", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__",
-        "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.recipe", "rlhf.rewards",
-        "rlhf.run",
+        "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.recipe",
+        "rlhf.rewards", "rlhf.run",
     },
     "eval": {
         "rich", "torch", "transformers", "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.models", "rlhf.recipe",
