@@ -327,6 +327,20 @@ def die_with_parent(grace_s: float = LOST_GRACE_S) -> None:
     threading.Thread(target=_watch, args=(parent, grace_s), name="parents", daemon=True).start()
 
 
+def stopped_with_parent() -> Callable[[], None]:
+    """For `preexec_fn`: a process that gets SIGTERM, the request to stop, when the thread that started it is gone.
+
+    Without it, what a killed pipeline has started would go on, and hold its stage against the same command.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None  # loaded here: after a fork as little as possible
+
+    def ask() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+    return ask
+
+
 def _watch(parent: int, grace_s: float) -> None:
     host, pid, start = os.environ[LAUNCHER].split(":") if LAUNCHER in os.environ else ("", "0", "0")
     here = host == socket.gethostname()

@@ -27,6 +27,7 @@ from pathlib import Path
 from rlhf.data.demo import demo_rows, optimum
 from rlhf.errors import RecipeError
 from rlhf.eval.demo import Row, summary_rows
+from rlhf.launch import stopped_with_parent
 from rlhf.run.commit import read_json, write_atomic, write_json
 from rlhf.run.lineage import content_hash
 from rlhf.run.rundir import RunDir
@@ -135,6 +136,7 @@ class Stages:
                 stderr=output,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
                 start_new_session=True,  # a Ctrl-C reaches it through `stop`, once
+                preexec_fn=stopped_with_parent(),
             )
             self._live.append(process)
             code = process.wait()

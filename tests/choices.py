@@ -255,8 +255,9 @@ CASES = {
                     "weight": 0.5,
                     "timeout": 20.0,
                     "retries": 1,
-                    "batch_size": 5,
-                }
+                    "on_failure": "stop",
+                },
+                {"kind": "http", "url": "URL", "on_failure": "unscored", "batch_size": 5},
             ],
         },
         every("reward/http"),

@@ -36,8 +36,9 @@ ALLOWED = {
     },
     "engine": {"deepspeed", "safetensors", "torch", "transformers", "rlhf.batch", "rlhf.pulse", "rlhf.recipe"},
     "train": {
-        "rich", "safetensors", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__", "rlhf.algo",
-        "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.pulse", "rlhf.recipe",
+        "rich", "safetensors", "tensorboard", "tokenizers", "torch", "transformers", "wandb", "rlhf.__version__",
+        "rlhf.algo", "rlhf.batch", "rlhf.data", "rlhf.engine", "rlhf.launch", "rlhf.models", "rlhf.pulse",
+        "rlhf.recipe",
         "rlhf.rewards", "rlhf.run",
     },
     "eval": {

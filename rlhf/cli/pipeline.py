@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rlhf.cli.stages import IN_ONE_PROCESS, StageCommand, err, show_dry_run, slots, wanted_world
 from rlhf.errors import NumericsError, UserError
+from rlhf.launch import stopped_with_parent
 from rlhf.recipe.load import LoadedRecipe, PipelineCommand, dump_recipe, load_pipeline, load_recipe
 from rlhf.run.commit import read_jsonl
 from rlhf.run.rundir import RunDir
@@ -55,9 +56,11 @@ def run_all(path: Path, options: PipelineOptions) -> None:
 def run_job(command: StageCommand) -> None:
     """The stage in a process of its own: DeepSpeed and torch keep groups and memory until a process ends.
 
-    A request to stop goes on to it; where it fails, it has said why, and its exit code is ours.
+    A request to stop goes on to it, and where the pipeline is killed it is asked to stop, too. Where it fails, it has
+    said why, and its exit code is ours.
     """
-    process = subprocess.Popen([sys.executable, "-m", "rlhf", *command.argv(), *command.launch_words()])
+    words = [sys.executable, "-m", "rlhf", *command.argv(), *command.launch_words()]
+    process = subprocess.Popen(words, preexec_fn=stopped_with_parent())
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
     signal.signal(signal.SIGTERM, lambda *_: process.terminate())  # a Ctrl-C reaches both from the terminal
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # under nohup both go on

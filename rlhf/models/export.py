@@ -19,6 +19,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers.core_model_loading import revert_weight_conversion
 
 from rlhf.errors import CheckpointError, NumericsError
 from rlhf.models.folder import ADAPTER_WEIGHTS, read_json
@@ -87,7 +88,7 @@ def _save(
         skeleton.save_pretrained(folder, state_dict=dict(merged))
     tokenizer.save_pretrained(folder)
     keep_code(folder)
-    check_files(folder, sum(value.numel() for value in merged.values()))
+    check_files(folder, revert_weight_conversion(skeleton, dict(merged)))  # a class may store under other names
     if isinstance(module.model, PeftModel):
         _save_adapter(module.model, state, folder / "adapter")
 
@@ -205,17 +206,24 @@ def check_finite(weights: dict[str, Tensor], folder: Path) -> None:
         )
 
 
-def check_files(folder: Path, num_weights: int) -> None:
-    """What was written can be read back, all of it."""
-    found = 0
+def check_files(folder: Path, weights: dict[str, Tensor]) -> None:
+    """What was written reads back as the same tensors: every name, shape, type and value, and none beside them."""
+    missing = set(weights)
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():
-                value = tensors.get_tensor(name)
-                found += value.numel()
-                check_finite({name: value}, folder)
-    if found != num_weights:
-        raise CheckpointError(f"expected {num_weights} weights on disk, found {found}", where=str(folder))
+                found, wanted = tensors.get_tensor(name), weights[name] if name in weights else None
+                is_same = wanted is not None and found.dtype == wanted.dtype and found.equal(wanted)
+                if name not in missing or not is_same:
+                    raise _other_weights(folder, f"found {name} with other content in {file.name}")
+                missing.remove(name)
+    if missing:
+        raise _other_weights(folder, f"found no {min(missing)} ({len(missing)} of {len(weights)} tensors are missing)")
+
+
+def _other_weights(folder: Path, found: str) -> CheckpointError:
+    fix = "Nothing was published. The last checkpoint is untouched: the same command tries again."
+    return CheckpointError(f"expected on disk the weights that were written, {found}", where=str(folder), fix=fix)
 
 
 def _shape(weights: dict[str, Tensor], name: str) -> torch.Size | None:

@@ -90,7 +90,10 @@ class HttpReward(Block):
         None, min_length=1, description="environment variable that holds the key; the key itself is written nowhere"
     )
     timeout: float = Field(30.0, gt=0, description="seconds that one request may take")
-    retries: int = Field(3, ge=0, le=10, description="further tries of a failed request; then its answers are unscored")
+    retries: int = Field(3, ge=0, le=10, description="further tries of a failed request")
+    on_failure: Literal["stop", "unscored"] = Field(
+        "stop", description="after the last try; stop: end the run, resumable; unscored: go on without those answers"
+    )
     batch_size: int = Field(16, ge=1, description="answers per request")
 
 

@@ -2,8 +2,9 @@
 
 POST {"prompts": [text], "answers": [text], "rows": [object]} as JSON -> {"scores": [number or null]}, one per answer;
 null leaves an answer unscored. What may pass (no connection, silence, 429, 5xx, an answer that is not that) is tried
-again a bounded number of times, and then leaves its answers unscored, never at 0. What will not pass (any other status)
-ends the run. Addresses are asked directly, whatever proxies the environment names, and redirects are not followed.
+again a bounded number of times, and then ends the run, or leaves its answers unscored, never at 0. What will not pass
+(any other status) ends the run at once. Addresses are asked directly, whatever proxies the environment names, and
+redirects are not followed.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import logging
 import math
 import os
 import socket
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -33,11 +35,47 @@ _CHUNK = 1 << 16
 _GIVES_UP = 3  # failed requests in a row
 
 
+class _Bounded(http.client.HTTPConnection):
+    """A connection whose answer must have begun, headers and all, within its timeout, however it drips."""
+
+    def getresponse(self) -> http.client.HTTPResponse:
+        late = threading.Event()
+
+        def cut() -> None:
+            late.set()
+            with suppress(OSError):  # the plain socket's: a TLS one would be changed under its reader
+                socket.socket.shutdown(self.sock, socket.SHUT_RDWR)
+
+        timer = threading.Timer(self.timeout, cut)
+        timer.daemon = True
+        timer.start()
+        try:
+            return super().getresponse()
+        finally:
+            timer.cancel()
+            if late.is_set():  # whatever the cut made of the answer, an end of the headers too
+                raise TimeoutError(f"timed out: no headers within {self.timeout:g} s")
+
+
+class _BoundedTls(_Bounded, http.client.HTTPSConnection):
+    """The same over TLS."""
+
+
+class _Http(urllib.request.HTTPHandler):
+    def http_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_Bounded, req)
+
+
+class _Https(urllib.request.HTTPSHandler):
+    def https_open(self, req: urllib.request.Request) -> http.client.HTTPResponse:
+        return self.do_open(_BoundedTls, req)
+
+
 # Neither proxies nor redirects: a POST that is sent elsewhere may lose its body, or leave http.
 _OPENER = urllib.request.OpenerDirector()
 for _handler in (
-    urllib.request.HTTPHandler(),
-    urllib.request.HTTPSHandler(),
+    _Http(),
+    _Https(),
     urllib.request.HTTPDefaultErrorHandler(),
     urllib.request.HTTPErrorProcessor(),
 ):
@@ -60,15 +98,18 @@ def http_scores(
     api_key_env: str | None,
     timeout: float,
     retries: int,
+    on_failure: str,
     batch_size: int,
     poll: Callable[[], None] = lambda: None,
 ) -> Column:
     """What the service at `url` says of the answers, `batch_size` of them per request, None where it says nothing.
 
-    api_key_env: environment variable with the key, if any. timeout: seconds that one try may take. Once a request has
-    failed for good, the further ones of this call are tried once, and after three in a row the rest are not sent: a
-    service that is down must not hold up the other ranks. poll: called before every try and while waiting for the next;
-    it raises where asking must end early.
+    api_key_env: environment variable with the key, if any. timeout: seconds that one try may take. on_failure: "stop"
+    raises ServiceError for a request that has failed for good: what was learned until then is kept, and the same
+    command goes on to where a service without faults leads. "unscored" goes on; the further requests of this call are
+    then tried once, and after three failed ones in a row the rest are not sent: a service that is down must not hold up
+    the other ranks. poll: called before every try and while waiting for the next; it raises where asking must end
+    early.
     """
     scores: Column = []
     failures: list[str] = []
@@ -81,6 +122,12 @@ def http_scores(
             continue
         body = _body(some, texts)
         found, failure = _ask(url, body, len(texts), timeout, 0 if failures else retries, key, poll)
+        if failure and on_failure == "stop":
+            raise ServiceError(
+                f"expected scores within {retries + 1} tries, found: {failure}",
+                where=f"rewards: http: {shown(url)}",
+                fix="Repair the service: the same command resumes. With on_failure=unscored a run does without it.",
+            )
         failures += [failure] if failure else []
         in_a_row = in_a_row + 1 if failure else 0
         scores += found
@@ -214,6 +261,8 @@ def _post(url: str, body: bytes, timeout: float, headers: Mapping[str, str]) -> 
                 raise PassingError(f"it answered with more than {MAX_BYTES:,} bytes")
             if time.monotonic() > deadline:
                 raise TimeoutError(f"no whole answer within {timeout:g} s")
+        if response.length:  # what was announced and never came
+            raise http.client.IncompleteRead(answer, response.length)
     return answer
 
 

@@ -32,6 +32,7 @@ from rlhf.train.job import POLICY, Job
 from rlhf.train.objectives import bind
 from rlhf.train.preflight import check_kind
 from rlhf.train.seeding import derive
+from rlhf.train.tokenizers import check_published
 from rlhf.train.writing import library_writes
 
 logger = logging.getLogger("rlhf.merge")
@@ -172,6 +173,7 @@ def publish(job: Job, model: nn.Module, tokenizer: PreTrainedTokenizerFast, chan
     target = folder.export_dir("model")
     with library_writes(target, needs):
         save_policy(PolicyModule(model), tokenizer, target)
+    check_published(target, tokenizer)
     names = {key: ref.from_ or ref.path for key, ref in merged_models(recipe)} | {"merged": "merged"}
     for key, change in changes.items():
         facts = change.facts()

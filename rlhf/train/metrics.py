@@ -5,20 +5,16 @@
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from rlhf.engine import dist
 from rlhf.recipe.schema import LogBlock
 from rlhf.run.commit import append_jsonl
-
-logger = logging.getLogger("rlhf.metrics")
+from rlhf.train import trackers
 
 
 class Meter:
@@ -69,39 +65,20 @@ class Totals:
 
 
 class MetricsLog:
-    """Writes rows of metrics on rank 0."""
+    """Writes rows of metrics on rank 0. first_step: finished steps."""
 
-    def __init__(self, path: Path, log: LogBlock, run_name: str) -> None:
+    def __init__(self, path: Path, log: LogBlock, run_name: str, first_step: int) -> None:
         self._path = path
-        self._trackers = _trackers(log, path.parent, run_name) if dist.is_main() else []
+        self._trackers = trackers.trackers(log, path.parent, run_name, first_step) if dist.is_main() else []
 
     def write(self, step: int, metrics: dict[str, float]) -> None:
         """One row; `step` counts finished steps, so the first row is 1."""
         if not dist.is_main():
             return
         append_jsonl(self._path, {"step": step, "time": round(time.time(), 3), **metrics})
-        for tracker in list(self._trackers):
-            try:
-                tracker(step, metrics)
-            except Exception as error:  # noqa: BLE001  a tracker's outage is never a reason to lose a run
-                logger.warning("a tracker failed and is switched off: %s", error)
-                self._trackers.remove(tracker)
+        for tracker in self._trackers:
+            tracker.write(step, metrics)
 
-
-def _trackers(log: LogBlock, folder: Path, run_name: str) -> list[Callable[[int, dict[str, float]], Any]]:
-    trackers: list[Callable[[int, dict[str, float]], Any]] = []
-    if log.tensorboard:
-        from torch.utils.tensorboard import SummaryWriter  # imported on request: it takes a second
-
-        writer = SummaryWriter(str(folder / "tensorboard"))
-        trackers.append(lambda step, row: [writer.add_scalar(name, value, step) for name, value in row.items()])
-    if log.wandb:
-        import wandb  # an optional extra
-
-        try:
-            run = wandb.init(project=log.wandb, name=run_name, dir=str(folder))
-        except Exception as error:  # noqa: BLE001  no login, no network: the run goes on without
-            logger.warning("Weights & Biases is left out: %s", error)
-        else:
-            trackers.append(lambda step, row: run.log(row, step=step))
-    return trackers
+    def close(self) -> None:
+        """Give the trackers a bounded time for what they have not written yet."""
+        trackers.close(self._trackers)

@@ -78,8 +78,15 @@ def reads_alike(own: PreTrainedTokenizerFast, policy: PreTrainedTokenizerFast) -
 def own_tokenizer(job: Job, spec: ModelReward, key: str) -> PreTrainedTokenizerFast:
     """A reward model's tokenizer, with a padding token that ends nothing."""
     source = job.source(key, spec)
-    tokenizer = load_tokenizer(source, spec.revision)
-    ensure_pad(tokenizer, read_config(source, spec.revision))
+    tokenizer, config = load_tokenizer(source, spec.revision), read_config(source, spec.revision)
+    rows = config.get_text_config().vocab_size
+    if len(tokenizer) > rows:  # rows that nobody has trained would be scored with
+        raise CheckpointError(
+            f"expected an embedding for each of the tokenizer's {len(tokenizer)} tokens, found {rows} in {source}",
+            where=key,
+            fix="Put a model and a tokenizer there that were trained together.",
+        )
+    ensure_pad(tokenizer, config)
     return tokenizer
 
 

@@ -43,6 +43,18 @@ def _keep(job: Job, kind: str, home: Path) -> None:
     commit.commit_dir(temporary, home, {})
 
 
+def check_published(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """A published tokenizer reads back with the tokens and the template of the stage's."""
+    again = load_tokenizer(str(folder), None)
+    for what, hash_of in (("tokens", chat.tokenizer_hash), ("chat template", chat.template_hash)):
+        if hash_of(again) != hash_of(tokenizer):
+            raise CheckpointError(
+                f"expected on disk the {what} of the stage's tokenizer, found others",
+                where=str(folder),
+                fix="Nothing was published. The last checkpoint is untouched: the same command tries again.",
+            )
+
+
 def find_tokenizer(job: Job, kind: str) -> PreTrainedTokenizerFast:
     """Load or train it, with a chat template and a padding token that ends nothing. Nothing is written."""
     block = job.recipe.model

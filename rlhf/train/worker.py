@@ -7,7 +7,7 @@ import platform
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -48,7 +48,7 @@ from rlhf.train.signals import StopRequest
 from rlhf.train.sound import check_parents, sound_checkpoint
 from rlhf.train.standing import Standing, leave_together
 from rlhf.train.token_cache import cache_key, cached_examples
-from rlhf.train.tokenizers import stage_tokenizer
+from rlhf.train.tokenizers import check_published, stage_tokenizer
 from rlhf.train.writing import library_writes
 
 logger = logging.getLogger("rlhf.stage")
@@ -159,8 +159,8 @@ def go_through(job: Job, stage: Stage, first_step: int, progress: Progress) -> d
     dist.barrier()
     stop.after_step = True
     leave_together(stop)  # where a request came while the interpreter could not be interrupted
-    log = MetricsLog(folder.metrics, job.recipe.log, f"{folder.root.name}/{folder.name}")
-    return fit(stage, first_step, log, progress, stop)
+    with closing(MetricsLog(folder.metrics, job.recipe.log, f"{folder.root.name}/{folder.name}", first_step)) as log:
+        return fit(stage, first_step, log, progress, stop)
 
 
 def log_key_metric(job: Job, stage: Stage, metrics: dict[str, float]) -> None:
@@ -238,15 +238,13 @@ def publish(
     statistics = parts.statistics() if parts.statistics is not None else None
     if statistics is not None:
         set_statistics(parts.published["model"][0].module.core.config, statistics)
-    for part, (engine, kind) in parts.published.items():
+    for part, (engine, _) in parts.published.items():
         average = parts.averages[part] if part in parts.averages else None
         with average.swapped() if average is not None else nullcontext():
             state = engine.state_dict()
         dist.agreed(partial(refuse_not_finite, job, part, state))
-        if kind == "policy":  # plain `generate` must stop where our rollouts do
-            engine.module.core.generation_config.eos_token_id = parts.stop_ids
         dist.agreed(partial(export, job, parts, tokenizer, part, state))
-    engine, kind = parts.published["model"]
+    kind = parts.published["model"][1]
     facts = {
         "base": base_model(job),
         "tokenizer_hash": chat.tokenizer_hash(tokenizer),
@@ -266,10 +264,15 @@ def publish(
 def export(
     job: Job, parts: Parts, tokenizer: PreTrainedTokenizerFast, part: str, state: dict[str, torch.Tensor] | None
 ) -> None:
-    """Write one trained model, on rank 0, which has its whole weights. Older checkpoints make room for it."""
+    """Write one trained model on rank 0, which has its whole weights, and see that it reads back.
+
+    Older checkpoints make room for it.
+    """
     if state is None:
         return
     engine, kind = parts.published[part]
+    if kind == "policy":  # plain `generate` must stop where our rollouts do
+        engine.module.core.generation_config.eos_token_id = parts.stop_ids
     module, weights = published(engine, state)
     needs = sum(weight.numel() * weight.element_size() for weight in weights.values())
     if free_bytes(job.folder.path) < needs:
@@ -279,6 +282,7 @@ def export(
     target = job.folder.export_dir(part)
     with library_writes(target, needs):
         (save_policy if kind == "policy" else save_scorer)(module, tokenizer, target, weights)
+    check_published(target, tokenizer)
 
 
 def refuse_not_finite(job: Job, part: str, state: dict[str, torch.Tensor] | None) -> None:

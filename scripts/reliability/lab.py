@@ -214,16 +214,27 @@ def recipes(data: Path) -> dict[str, dict[str, Any]]:
         "dpo": {**trained, **judged, **short, "data": rows("pairs", 8), "train": offline},
         "ppo": {**sampled, "train": online, "critic": {"lr": 1e-3}, "rewards": [{"kind": "model", "from": "rm"}]},
         "grpo": {**sampled, "train": {**online, "answers": 4}, "rewards": [{"kind": "model", "from": "rm"}]},
+        "label": {
+            **{key: value for key, value in sampled.items() if key != "checkpoint"},
+            "log": {},
+            "rewards": [{"kind": "model", "from": "rm"}],
+            "label": {"batch": 8, "rollout_batch": 16, "micro_batch": 4, "unfinished": "keep"},
+        },
+        "merge": {
+            "base": {"from": "sft"},
+            "models": [{"from": "dpo-whole", "weight": 0.5}, {"from": "dpo-adapter", "weight": 0.5}],
+        },
     }
 
 
 def digest(stage: Path) -> dict[str, str]:
     """What must be equal after an interrupted run and a straight one: name -> SHA-256.
 
-    The published weights, every file of the newest checkpoint (weights, optimizer, state), and the logs without what a
+    Every published file, every file of the newest checkpoint (weights, optimizer, state), and the logs without what a
     clock says.
     """
-    parts = [path for part in ("model", "critic", "ema") for path in sorted((stage / part).glob("*.safetensors"))]
+    published = json.loads((stage / "MANIFEST.json").read_text())["files"]
+    parts = [stage / name for name in sorted(published)]
     newest = sorted((stage / "checkpoints").glob("step-*"))[-1:]
     kept = [path for folder in newest for path in sorted(folder.rglob("*")) if path.is_file()]
     found = {str(p.relative_to(stage)): p.read_bytes() for p in parts + kept if p.name != "MANIFEST.json"}
@@ -232,7 +243,7 @@ def digest(stage: Path) -> dict[str, str]:
             lines = (stage / name).read_text().splitlines()
             rows = [{k: v for k, v in json.loads(line).items() if not k.startswith(_MEASURED)} for line in lines]
             found[name] = json.dumps(rows, sort_keys=True).encode()
-    assert any(name.endswith(".safetensors") for name in found), f"{stage}: nothing was published"
+    assert published, f"{stage}: nothing was published"
     return {name: hashlib.sha256(content).hexdigest() for name, content in found.items()}
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,7 +19,7 @@ from transformers import (
 
 from rlhf.errors import CheckpointError, NumericsError
 from rlhf.models.build import Setup, add_lora, build_policy
-from rlhf.models.export import keep_code, merged_state_dict, save_policy, save_scorer
+from rlhf.models.export import check_files, keep_code, merged_state_dict, save_policy, save_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
 from rlhf.models.linear import hasten
 from rlhf.recipe.schema import LoraBlock, ModelBlock
@@ -176,6 +177,28 @@ def test_nothing_broken_is_published(tiny, tokenizer, tmp_path):
         save_policy(module, tokenizer, tmp_path / "out", broken)
     assert error.value.exit_code == 5
     assert not (tmp_path / "out").exists()
+
+
+DAMAGES = {
+    "another value": lambda weights, name: {**weights, name: weights[name] + 1e-3},
+    "another type": lambda weights, name: {**weights, name: weights[name].double()},
+    "another shape": lambda weights, name: {**weights, name: weights[name].T.contiguous()},
+    "one missing": lambda weights, name: {key: value for key, value in weights.items() if key != name},
+    "one more": lambda weights, name: {**weights, "extra": weights[name].clone()},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_reads_back_as_other_weights_is_not_published(tiny, tokenizer, tmp_path, damage):
+    module = PolicyModule(tiny("llama", vocab_size=len(tokenizer)))
+    save_policy(module, tokenizer, tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    check_files(tmp_path, weights)
+    save_file(DAMAGES[damage](weights, "model.layers.1.mlp.up_proj.weight"), file)
+    with pytest.raises(CheckpointError, match="expected on disk the weights that were written") as error:
+        check_files(tmp_path, weights)
+    assert ("extra" if damage == "one more" else "up_proj") in str(error.value)
 
 
 def test_a_scorer_that_plain_transformers_would_misread_is_not_published(tiny, tokenizer, tmp_path):

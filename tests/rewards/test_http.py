@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -83,7 +84,8 @@ def service(monkeypatch: pytest.MonkeyPatch) -> Iterator[Service]:
 
 def ask(service: Service, answers: list[str], **changes: Any) -> list[float | None]:
     rows = [{"row": i, "prompt": f"p{i}", "messages": []} for i, _ in enumerate(answers)]
-    options = {"url": service.url, "api_key_env": None, "timeout": 5.0, "retries": 2, "batch_size": 4, **changes}
+    limits = {"timeout": 5.0, "retries": 2, "on_failure": "unscored", "batch_size": 4}
+    options = {"url": service.url, "api_key_env": None, **limits, **changes}
     return http_scores(rows, answers, **options)
 
 
@@ -96,7 +98,8 @@ def test_answers_are_posted_in_batches_and_scored_in_order(service: Service) -> 
 
 def test_columns_that_json_cannot_hold_are_left_out(service: Service) -> None:
     row = {"prompt": "p", "answer": 7, "when": datetime.date(2024, 1, 1), "raw": b"x", "nan": float("nan"), "l": [None]}
-    assert http_scores([row], ["abc"], url=service.url, api_key_env=None, timeout=5.0, retries=0, batch_size=1) == [3.0]
+    options = {"api_key_env": None, "timeout": 5.0, "retries": 0, "on_failure": "stop", "batch_size": 1}
+    assert http_scores([row], ["abc"], url=service.url, **options) == [3.0]
     assert service.asked[0]["rows"] == [{"prompt": "p", "answer": 7, "l": [None]}]
 
 
@@ -139,6 +142,24 @@ def test_a_request_that_fails_for_good_is_unscored_and_told(
     assert record.levelno == logging.WARNING
 
 
+@pytest.mark.parametrize("name", [*BAD, "no number"])
+def test_a_request_that_fails_for_good_ends_the_run_where_that_is_asked(service: Service, name: str) -> None:
+    status, answer, words = {**BAD, "no number": (200, b'{"scores": [1, NaN]}', "expected finite numbers, found nan")}[
+        name
+    ]
+    service.reply = lambda number, posted: (status, answer)
+    with pytest.raises(ServiceError, match="expected scores within 3 tries, found: ") as caught:
+        ask(service, ["a", "b", "c", "d", "e"], batch_size=2, on_failure="stop", url=service.url + "?key=secret")
+    assert words in str(caught.value) and "the same command resumes" in str(caught.value)
+    assert service.url in str(caught.value) and "secret" not in str(caught.value)
+    assert len(service.asked) == 3 and caught.value.exit_code == 8
+
+
+def test_null_and_what_passes_do_not_end_a_run(service: Service) -> None:
+    service.reply = lambda number, posted: (503, b"") if number < 3 else (200, {"scores": [None, 1]})
+    assert ask(service, ["a", "b"], on_failure="stop") == [None, 1.0]
+
+
 @pytest.mark.parametrize(
     "value", ["NaN", "Infinity", "-Infinity", "1e999", "1" + "0" * 400, '"x"', "true", "[1]", "{}"]
 )
@@ -166,6 +187,27 @@ def test_a_service_that_drips_is_left_after_its_time(service: Service) -> None:
     started = time.monotonic()
     assert ask(service, ["a"], timeout=0.2, retries=0) == [None]
     assert time.monotonic() - started < 0.6
+
+
+def test_headers_that_drip_are_left_after_their_time(service: Service, caplog: pytest.LogCaptureFixture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def drip() -> None:
+            connection, _ = listening.accept()
+            with connection, suppress(OSError):
+                connection.sendall(b"HTTP/1.1 200 OK\r\nX-Never: ")
+                while True:
+                    connection.sendall(b"x")
+                    time.sleep(0.05)
+
+        thread = threading.Thread(target=drip)
+        thread.start()
+        started = time.monotonic()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/"
+        assert ask(service, ["a"], url=url, timeout=0.3, retries=0) == [None]
+        assert time.monotonic() - started < 1.0
+        thread.join()
+    assert "no headers within 0.3 s" in caplog.records[0].getMessage()
 
 
 def test_an_answer_that_breaks_off_is_tried_again(service: Service) -> None:

@@ -128,7 +128,8 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
 def run(path: Path, one: Stage, first_step: int = 0, stop: StopRequest | None = None) -> dict[str, float]:
     written = first_step - (one.standing.unfinished is not None)
     with Progress("test", one.steps, written, Console(quiet=True)) as progress:
-        return fit(one, first_step, MetricsLog(path, LogBlock(), "run/ppo"), progress, stop or StopRequest())
+        log = MetricsLog(path, LogBlock(), "run/ppo", first_step)
+        return fit(one, first_step, log, progress, stop or StopRequest())
 
 
 def rows(path: Path) -> list[dict]:
