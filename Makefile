@@ -12,6 +12,7 @@ ARGS ?=
 
 launch := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES)) $(if $(HOSTFILE),--hostfile $(HOSTFILE))
 data := $(if $(DATA),--set data.path=$(DATA))
+jobs := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
 pipeline := $(if $(filter tiny,$(SIZE)),tiny.yaml,pipeline.yaml)
 
 .PHONY: help setup demo test check bench reliability clean hh gsm8k reviews
@@ -32,8 +33,8 @@ demo: setup  ## SFT -> reward model -> PPO, GRPO, DPO on generated data, CPU onl
 	$(RLHF) eval demo runs/demo
 	$(RLHF) report runs/demo
 
-test: setup  ## all tests
-	$(VENV)/bin/python -m pytest -q $(ARGS)
+test: setup  ## all tests, on up to 4 cores
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q $(jobs) $(ARGS)
 
 check: setup  ## lint, format and types
 	$(VENV)/bin/ruff check .

@@ -23,6 +23,21 @@ from rlhf.data.demo import DemoSizes, write_demo_data
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Who goes to which process of `pytest -n`: a file's tests stay together, since they share what is made once.
+
+    Tests that start two ranks are one group, `ranks`, so that no two of them run at once, and the first to begin, since
+    it is the longest. A file whose other tests need the same results says so with a mark of its own.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        return
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            is_distributed = item.get_closest_marker("distributed") is not None
+            item.add_marker(pytest.mark.xdist_group("ranks" if is_distributed else str(item.path)))
+    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ranks",))
+
+
 @dataclass(frozen=True)
 class Done:
     """A finished command."""

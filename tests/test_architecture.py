@@ -46,15 +46,17 @@ ALLOWED = {
         "rlhf.report", "rlhf.run",
     },
     "report": {"matplotlib", "rich", "yaml", "rlhf.recipe", "rlhf.run"},
+    "doctor": {"rlhf.__version__", "rlhf.data.demo", "rlhf.recipe", "rlhf.run"},
     "cli": {
-        "rich", "typer", "rlhf.__version__", "rlhf.launch", "rlhf.models.folder", "rlhf.models.trust", "rlhf.pulse",
-        "rlhf.recipe",
+        "rich", "typer", "rlhf.__version__", "rlhf.doctor", "rlhf.launch", "rlhf.models.folder", "rlhf.models.trust",
+        "rlhf.pulse", "rlhf.recipe",
         "rlhf.report", "rlhf.run",
         "rlhf.train.job", "rlhf.train.signals",
     },
 }  # fmt: skip
 # `cli` may import these inside functions only: they are heavy, and a recipe must be refused in a blink.
-LAZY = {"cli": {"rlhf.train", "rlhf.eval", "rlhf.data"}}
+# `doctor` asks torch in a process of its own.
+LAZY = {"cli": {"rlhf.train", "rlhf.eval", "rlhf.data"}, "doctor": {"torch"}}
 ONLY_ENGINE = ("deepspeed", "torch.distributed")
 
 

@@ -37,6 +37,7 @@ COMMANDS = {
     "eval demo": "run",
     "eval implicit-reward": "run --data --policy --reference --reward --beta --tokens --json",
     "report": "run",
+    "doctor": "--run --selftest --json",
 }
 EXIT_CODES = {
     "UserError": 1,
@@ -224,3 +225,13 @@ def test_status_of_a_run_directory(cold_cli, tiny):
     assert "sft" in table.out and "finished" in table.out and "2/2" in table.out
     stages = {stage["name"]: stage for stage in json.loads(cold_cli("status", tiny.root, "--json").out)}
     assert stages["rm"]["parents"] == ["sft"] and stages["rm"]["kind"] == "reward"
+
+
+def test_the_doctor_examines_without_torch_of_its_own(cold_cli, tmp_path):
+    done = cold_cli("doctor", "--json", "--run", tmp_path / "run")
+    found = {finding["check"]: finding for finding in json.loads(done.out)}
+    assert {"packages", "devices", "launcher", "shared memory", "ports", "commit", "locks"} <= found.keys()
+    assert done.code == int(any(finding["state"] == "failed" for finding in found.values())), done.out
+    assert not done.torch and not any(tmp_path.iterdir())
+    assert all(finding["fix"] for finding in found.values() if finding["state"] != "ok")
+    assert cold_cli("doctor", "--run", Path(__file__)).code == 1

@@ -234,6 +234,19 @@ def report(run: RunArgument) -> None:
     typer.echo(write_report(run))
 
 
+@app.command(help="Is this machine fit for a run? Installation, devices, memory, ports, disk, limits.")
+def doctor(
+    run: Annotated[Path | None, typer.Option("--run", help="also try the disk of this run directory")] = None,
+    selftest: Annotated[
+        bool, typer.Option("--selftest", help="also kill tiny runs and compare what resumes with what was not killed")
+    ] = False,
+    as_json: JsonOption = False,
+) -> None:
+    from rlhf.cli.doctor import examine
+
+    examine(run, selftest=selftest, as_json=as_json)
+
+
 def main() -> None:
     """Run the command; turn a UserError into its message and exit code."""
     if "RANK" in os.environ:  # DeepSpeed's launcher adds an argument of its own; the environment says the same

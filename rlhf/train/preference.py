@@ -142,9 +142,13 @@ class Measured:
     contrast: Tensor | None = None  # (M,)
 
     def view(self, batch: Judged) -> View:
-        """The record of their sequence log-probs."""
+        """The record of their sequence log-probs, summed in float64.
+
+        A sum is hundreds of nats and losses ask for differences of a few: in float32 its rounding would be the largest
+        error of the gradient, and another one for every way to divide the batch.
+        """
         lengths = self.mask.sum(-1).to(self.logprobs.dtype)
-        return view_of(batch, folded(batch, row_sums(self.logprobs, self.mask)), folded(batch, lengths))
+        return view_of(batch, folded(batch, row_sums(self.logprobs.double(), self.mask)), folded(batch, lengths))
 
 
 @dataclass(frozen=True)

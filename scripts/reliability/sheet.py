@@ -3,6 +3,7 @@
 from scripts.reliability import (
     crashes,
     damage,
+    equivalence,
     escapes,
     export,
     full_disk,
@@ -26,6 +27,7 @@ __all__ = [
     "ROWS",
     "crashes",
     "damage",
+    "equivalence",
     "escapes",
     "export",
     "full_disk",
