@@ -7,13 +7,9 @@ that --restart can move the folder away.
 from __future__ import annotations
 
 import logging
-import os
 import re
-import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +21,7 @@ from rlhf.errors import (
     UserError,
 )
 from rlhf.run import commit
-from rlhf.run.disk import PRIVATE_FILE, make_private, refuse_foreign
+from rlhf.run.disk import make_private, refuse_foreign
 from rlhf.run.lineage import (
     PROVENANCE,
     Parent,
@@ -36,6 +32,7 @@ from rlhf.run.lineage import (
     stale_parents,
 )
 from rlhf.run.lock import Lock, describe_holder
+from rlhf.run.logfile import LogFile
 from rlhf.run.opened import Mode, Opened, now
 
 PARTS = ("model", "critic", "ema")
@@ -75,29 +72,6 @@ class StageSummary:
     started: float | None
     ended: float | None
     best: dict[str, Any] | None = None  # {metric, step, value} of checkpoint.keep_best
-
-
-class _LogFile(logging.FileHandler):
-    """log.txt: private, never through a link; where the disk takes no more, that is said once on the screen."""
-
-    _is_silent = False
-
-    def _open(self) -> TextIOWrapper:
-        flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
-        handle = os.open(self.baseFilename, flags, PRIVATE_FILE)
-        return os.fdopen(handle, self.mode, encoding=self.encoding, errors=self.errors)  # type: ignore[return-value]
-
-    def close(self) -> None:
-        with suppress(OSError):  # of lines that were refused before; told then
-            super().close()
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
-            return super().handleError(record)
-        if not self._is_silent:
-            self._is_silent = True
-            print(f"{self.baseFilename} takes no more lines: {error.strerror}", file=sys.stderr, flush=True)
 
 
 class StageDir:
@@ -318,7 +292,7 @@ class StageDir:
     def log_handler(self) -> logging.FileHandler:
         """A handler that appends to log.txt, tracebacks included."""
         with commit.disk(self.log):
-            handler = _LogFile(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
+            handler = LogFile(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         return handler
 
