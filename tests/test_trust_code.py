@@ -48,6 +48,7 @@ def with_code(model: Path, folder: Path, mark: Path) -> Path:
     (folder / "helper.py").write_text('NAME = "mine"\n')
     config = json.loads((folder / "config.json").read_text())
     auto = {"AutoConfig": "modeling_mine.MineConfig", "AutoModelForCausalLM": "modeling_mine.MineForCausalLM"}
+    auto["AutoModel"] = "absent.Model"  # of a file that nobody has sent along
     config |= {"model_type": "mine", "architectures": ["MineForCausalLM"], "auto_map": auto}
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -76,6 +77,7 @@ def test_a_stage_with_a_models_own_code(cli, tiny, tmp_path):
     # The published folder carries the code, loads with plain transformers, and asks for trust of its own.
     published = tiny.root / "mine" / "model"
     assert {file.name for file in published.glob("*.py")} == {"modeling_mine.py", "helper.py"}
+    assert "AutoModel" not in json.loads((published / "config.json").read_text())["auto_map"]
     loaded = AutoModelForCausalLM.from_pretrained(published, trust_remote_code=True)
     assert type(loaded).__name__ == "MineForCausalLM"
     mark.unlink()
