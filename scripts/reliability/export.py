@@ -35,7 +35,7 @@ LORA = ("--set", "model.lora={rank: 4, alpha: 16}")
     expected=f"logits equal to the engine's within {CLOSE:g}, every name and shape, tokenizer and template equal; else"
     " exit 4 and nothing is published, and the same command publishes it",
     asked="20",
-    quick=5,
+    quick=4,
     full=24,
 )
 def exported(lab: Lab, tally: Tally, tries: int, seed: int) -> None:

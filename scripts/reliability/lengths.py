@@ -55,7 +55,7 @@ def lengths(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     draw, edges = random.Random(seed), Edges(lab)
     for number in range(tries):
         kind, rule = list(KINDS)[number % 3], draw.choice(RULES)
-        odd = draw.choice([None, *ODD])
+        odd = draw.choice(list(ODD)) if draw.random() < 0.4 else None
         limit = draw.choice(list(LIMITS))
         words = draw.randrange(12, 40), draw.randrange(12, 40)
         with tally.attempt(f"{kind}, {rule}, {odd or f'{words} words, limit at {limit}'}"):

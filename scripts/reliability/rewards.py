@@ -77,7 +77,7 @@ def score(rows, answers):
     expected="bounded tries; no answer unscored or scored 0; exit 8 (a function: 2) with what was learned kept; once"
     " repaired, the same command ends bit-identical to a run without faults",
     asked="100",
-    quick=4,
+    quick=3,
     full=60,
 )
 def reward_faults(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
