@@ -1,0 +1,147 @@
+"""Recipes and data files with mistakes in them: each is refused at its place, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import chdir, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf.errors import RecipeError
+from rlhf.recipe.load import load_pipeline, load_recipe
+from rlhf.recipe.stages import RECIPES
+from scripts.reliability.broken_recipes import KINDS, Broken
+from scripts.reliability.hostile_recipes import conflicts, hostile, pipelines
+from scripts.reliability.lab import ENVIRONMENT, ROOT, Lab
+from scripts.reliability.row import Tally, row
+
+IN_TIME = 2.0  # seconds for a recipe to be refused
+LONGEST = 1500  # characters of a line
+FEWEST_COMMANDS = 20
+
+
+@row(
+    "R10",
+    "malformed recipes, pipelines and `--set`: unknown and misspelt keys at every level, wrong types, ranges, choices,"
+    " duplicates, tags, bombs, bytes that are no text, values that contradict each other",
+    expected="exit 2 in < 2 s with file:line and key, a misspelt name with the right one; no torch, no traceback",
+    asked="3,000",
+    quick=300,
+    full=8300,
+)
+def malformed_recipes(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
+    """tries: recipes that are loaded; every sixteenth, at least twenty, goes through the whole command too."""
+    folder = lab.work / "malformed"
+    folder.mkdir(exist_ok=True)
+    (folder / "good.yaml").write_text("model: {from: sft}\n")
+    every = list(itertools.islice(all_broken(seed), tries))
+    with chdir(folder):
+        for number, broken in enumerate(every):
+            with tally.attempt(
+                f"{broken.kind} {number}: {broken.stage} {broken.content[:300]!r} {broken.overrides}"[:600]
+            ):
+                Path("r.yaml").write_bytes(broken.content)
+                loaded_or_told(broken)
+    refused = [broken for broken in every if broken.says]
+    step = max(1, min(16, len(refused) // FEWEST_COMMANDS))
+    commands = 0
+    with cold() as run:
+        for number, broken in enumerate(refused[::step]):
+            commands += 1
+            with tally.attempt(f"command, {broken.kind} {number}: {broken.content[:300]!r} {broken.overrides}"[:600]):
+                refused_by_command(broken, folder / "r.yaml", run)
+    tally.remark(f"{commands} of them through the command")
+
+
+def all_broken(seed: int) -> Iterator[Broken]:
+    """Without end: one stage's hostile texts and the pipelines, then every kind for every stage in turn, and again."""
+    for again in itertools.count():
+        draw = random.Random(f"{seed}/{again}")
+        yield from hostile(draw.choice(list(RECIPES)), draw)
+        yield from pipelines(draw)
+        running = [kind(stage, draw) for kind in (*KINDS, hostile, conflicts) for stage in RECIPES]
+        while running:
+            for cases in list(running):
+                broken = next(cases, None)
+                if broken is None:
+                    running.remove(cases)
+                else:
+                    yield broken
+
+
+def loaded_or_told(broken: Broken) -> None:
+    """Load what lies in r.yaml and hold the answer against what must be said."""
+    started = time.monotonic()
+    try:
+        if broken.stage == "run":
+            load_pipeline("r.yaml")
+        else:
+            load_recipe("r.yaml", broken.stage, broken.overrides, world_size=broken.devices)
+    except RecipeError as error:
+        assert broken.says, f"refused: {error}"
+        judge(str(error), broken.says)
+    else:
+        assert not broken.says, "it was loaded"
+    assert (seconds := time.monotonic() - started) < IN_TIME, f"took {seconds:.1f} s"
+
+
+def judge(text: str, says: tuple[str, ...]) -> None:
+    """Every pattern stands in some line; problems take two lines each, and no line goes on forever."""
+    lines = text.split("\n")
+    for pattern in says:
+        assert any(re.search(pattern, line) for line in lines), f"no {pattern!r} in:\n{text[:1500]}"
+    problems = sum(not line.startswith("  ") for line in lines)
+    assert len(lines) <= min(5 * problems, 41), f"{len(lines)} lines for {problems} problems:\n{text[:1500]}"
+    assert max(map(len, lines)) < LONGEST, f"a line of {max(map(len, lines)):,} characters: {text[:500]}"
+    assert text.isprintable() or all(line.isprintable() for line in lines), f"control characters: {text[:1500]!r}"
+
+
+def refused_by_command(broken: Broken, path: Path, run: Callable[..., Answer]) -> None:
+    """The same through `rlhf STAGE`."""
+    path.write_bytes(broken.content)
+    options = [word for text in broken.overrides for word in ("--set", text)]
+    options += ["--gpus", str(broken.devices)] if broken.devices else []
+    started = time.monotonic()
+    done = run(broken.stage, str(path), "--run", str(path.parent / "run"), *options)
+    seconds = time.monotonic() - started
+    assert done.code == 2, f"exit {done.code}: {done.err[-1500:]}"
+    assert "Traceback" not in done.err and done.out == "", done.err[-1500:] + done.out[-500:]
+    assert not done.torch, "torch was imported"
+    assert seconds < IN_TIME, f"took {seconds:.1f} s"
+    assert not (path.parent / "run").exists(), "something was written"
+    judge(done.err.rstrip("\n").replace(str(path), "r.yaml").removeprefix("error: "), broken.says)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A command that has ended. torch: whether it imported it."""
+
+    code: int
+    out: str
+    err: str
+    torch: bool
+
+
+@contextmanager
+def cold() -> Iterator[Callable[..., Answer]]:
+    """`rlhf` commands as forks of a process without torch, which notices who asks for it."""
+    command = [sys.executable, str(ROOT / "tests" / "warm_server.py"), "cold"]
+    environment = {**os.environ, **ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment, cwd=ROOT) as process:
+        assert process.stdin and process.stdout and process.stdout.readline().strip() == "ready"
+
+        def run(*words: str) -> Answer:
+            print(json.dumps(words), file=process.stdin, flush=True)
+            return Answer(**json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+
+        yield run
+        process.stdin.close()
