@@ -274,8 +274,8 @@ def _pair(row: dict[str, Any], where: str, found: str) -> Record:
     given: list[Message] = []
     if found == "sharegpt_pairs":
         given = parse_messages(_need(row, "conversations", where), where, "conversations")
-    elif found == "pairs" and "prompt" in row:
-        given = _messages(row["prompt"], "user", where, "prompt")
+    elif found == "pairs" and ("prompt" in row or isinstance(row["chosen"], str)):
+        given = _messages(_need(row, "prompt", where), "user", where, "prompt")
     # An answer that is a whole conversation repeats the prompt, which is then found as the common prefix.
     whole = [*given, *sides[0]] if sides[0][0]["role"] == "assistant" else sides[0]
     other = [*given, *sides[1]] if sides[1][0]["role"] == "assistant" else sides[1]
@@ -309,7 +309,8 @@ def _list(row: dict[str, Any], where: str, source: SourceBlock) -> Record:
             where=where,
             fix="Give every row several answers to its prompt, or leave the row out.",
         )
-    column = "ranks" if "ranks" in {*source.columns, *source.templates} or "scores" not in row else "scores"
+    is_ranked = "ranks" in {*source.columns, *source.templates} or ("ranks" in row and "scores" not in row)
+    column = "ranks" if is_ranked else "scores"
     scores = list_scores(_need(row, column, where), where, column, len(given))
     answers = [_messages(value, "assistant", where, f"answers[{i}]") for i, value in enumerate(given)]
     answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]

@@ -27,7 +27,7 @@ AnyBlock = TypeVar("AnyBlock", bound=Block)
 # Take the place of a required block that is wrong, so that the rest of the recipe can still be checked.
 STAND_INS = {"model": {"path": "-"}, "data": {"path": "-"}, "base": {"path": "-"}}
 ROUNDS = 5
-MOST = 100  # mistakes that are looked at; a file with more of them is no recipe
+MOST = 50  # mistakes that are looked at; a file with more of them is no recipe
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from scripts.reliability.hostile_recipes import conflicts, hostile, pipelines
 from scripts.reliability.lab import ENVIRONMENT, ROOT, Lab
 from scripts.reliability.row import Tally, row
 
-IN_TIME = 2.0  # seconds for a recipe to be refused
+IN_TIME = 2.0  # seconds of a processor for a recipe to be refused
 LONGEST = 1500  # characters of a line
 FEWEST_COMMANDS = 20
 
@@ -32,7 +32,7 @@ FEWEST_COMMANDS = 20
     "R10",
     "malformed recipes, pipelines and `--set`: unknown and misspelt keys at every level, wrong types, ranges, choices,"
     " duplicates, tags, bombs, bytes that are no text, values that contradict each other",
-    expected="exit 2 in < 2 s with file:line and key, a misspelt name with the right one; no torch, no traceback",
+    expected="exit 2 in < 2 s of a processor, with file:line and key, a misspelt name with the right one; no torch, no traceback",
     asked="3,000",
     quick=300,
     full=8300,
@@ -79,7 +79,7 @@ def all_broken(seed: int) -> Iterator[Broken]:
 
 def loaded_or_told(broken: Broken) -> None:
     """Load what lies in r.yaml and hold the answer against what must be said."""
-    started = time.monotonic()
+    started = time.process_time()
     try:
         if broken.stage == "run":
             load_pipeline("r.yaml")
@@ -90,7 +90,7 @@ def loaded_or_told(broken: Broken) -> None:
         judge(str(error), broken.says)
     else:
         assert not broken.says, "it was loaded"
-    assert (seconds := time.monotonic() - started) < IN_TIME, f"took {seconds:.1f} s"
+    assert (seconds := time.process_time() - started) < IN_TIME, f"took {seconds:.1f} s"
 
 
 def judge(text: str, says: tuple[str, ...]) -> None:
@@ -109,25 +109,24 @@ def refused_by_command(broken: Broken, path: Path, run: Callable[..., Answer]) -
     path.write_bytes(broken.content)
     options = [word for text in broken.overrides for word in ("--set", text)]
     options += ["--gpus", str(broken.devices)] if broken.devices else []
-    started = time.monotonic()
     done = run(broken.stage, str(path), "--run", str(path.parent / "run"), *options)
-    seconds = time.monotonic() - started
     assert done.code == 2, f"exit {done.code}: {done.err[-1500:]}"
     assert "Traceback" not in done.err and done.out == "", done.err[-1500:] + done.out[-500:]
     assert not done.torch, "torch was imported"
-    assert seconds < IN_TIME, f"took {seconds:.1f} s"
+    assert done.seconds < IN_TIME, f"took {done.seconds:.1f} s"
     assert not (path.parent / "run").exists(), "something was written"
     judge(done.err.rstrip("\n").replace(str(path), "r.yaml").removeprefix("error: "), broken.says)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A command that has ended. torch: whether it imported it."""
+    """A command that has ended. torch: whether it imported it; seconds: of a processor."""
 
     code: int
     out: str
     err: str
     torch: bool
+    seconds: float
 
 
 @contextmanager
@@ -140,8 +139,16 @@ def cold() -> Iterator[Callable[..., Answer]]:
         assert process.stdin and process.stdout and process.stdout.readline().strip() == "ready"
 
         def run(*words: str) -> Answer:
+            before = seconds_of_children(process.pid)
             print(json.dumps(words), file=process.stdin, flush=True)
-            return Answer(**json.loads(process.stdout.readline()))  # type: ignore[union-attr]
+            answer = json.loads(process.stdout.readline())  # type: ignore[union-attr]
+            return Answer(**answer, seconds=seconds_of_children(process.pid) - before)
 
         yield run
         process.stdin.close()
+
+
+def seconds_of_children(pid: int) -> float:
+    """Seconds that a process's ended children have computed: other processes of the machine do not count."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[13]) + int(fields[14])) / os.sysconf("SC_CLK_TCK")

@@ -1,6 +1,6 @@
 """All rows: importing this module enters every scenario."""
 
-from scripts.reliability import kills, malformed
+from scripts.reliability import kills, malformed, malformed_data
 from scripts.reliability.row import ROWS
 
-__all__ = ["ROWS", "kills", "malformed"]
+__all__ = ["ROWS", "kills", "malformed", "malformed_data"]
