@@ -5,15 +5,21 @@ from __future__ import annotations
 import copy
 import random
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from rlhf.errors import RecipeError
 from rlhf.recipe.document import to_yaml
 from rlhf.recipe.fields import Option, shape_at, tags, walk
+from rlhf.recipe.load import load_pipeline, load_recipe
 from rlhf.recipe.stages import RECIPES
 
 Values = dict[str, Any]
+
+IN_TIME = 2.0  # seconds of a processor for a recipe to be refused
+LONGEST = 1500  # characters of a line
 
 # What a key needs beside it for its block to be the one that is meant.
 NEEDS: dict[str, Values] = {
@@ -300,3 +306,33 @@ KINDS: tuple[Callable[[str, random.Random], Iterator[Broken]], ...] = (
     duplicates,
     overrides,
 )
+
+
+# --- answers ------------------------------------------------------------------------------------------------------
+
+
+def loaded_or_told(broken: Broken) -> None:
+    """Load what lies in r.yaml and hold the answer against what must be said."""
+    started = time.process_time()
+    try:
+        if broken.stage == "run":
+            load_pipeline("r.yaml")
+        else:
+            load_recipe("r.yaml", broken.stage, broken.overrides, world_size=broken.devices)
+    except RecipeError as error:
+        assert broken.says, f"refused: {error}"
+        judge(str(error), broken.says)
+    else:
+        assert not broken.says, "it was loaded"
+    assert (seconds := time.process_time() - started) < IN_TIME, f"took {seconds:.1f} s"
+
+
+def judge(text: str, says: tuple[str, ...]) -> None:
+    """Every pattern stands in some line; problems take two lines each, and no line goes on forever."""
+    lines = text.split("\n")
+    for pattern in says:
+        assert any(re.search(pattern, line) for line in lines), f"no {pattern!r} in:\n{text[:1500]}"
+    problems = sum(not line.startswith("  ") for line in lines)
+    assert len(lines) <= min(5 * problems, 41), f"{len(lines)} lines for {problems} problems:\n{text[:1500]}"
+    assert max(map(len, lines)) < LONGEST, f"a line of {max(map(len, lines)):,} characters: {text[:500]}"
+    assert text.isprintable() or all(line.isprintable() for line in lines), f"control characters: {text[:1500]!r}"

@@ -6,25 +6,19 @@ import itertools
 import json
 import os
 import random
-import re
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf.errors import RecipeError
-from rlhf.recipe.load import load_pipeline, load_recipe
 from rlhf.recipe.stages import RECIPES
-from scripts.reliability.broken_recipes import KINDS, Broken
+from scripts.reliability.broken_recipes import IN_TIME, KINDS, Broken, judge, loaded_or_told
 from scripts.reliability.hostile_recipes import conflicts, hostile, pipelines
 from scripts.reliability.lab import ENVIRONMENT, ROOT, Lab
 from scripts.reliability.row import Tally, row
 
-IN_TIME = 2.0  # seconds of a processor for a recipe to be refused
-LONGEST = 1500  # characters of a line
 FEWEST_COMMANDS = 20
 
 
@@ -32,7 +26,8 @@ FEWEST_COMMANDS = 20
     "R10",
     "malformed recipes, pipelines and `--set`: unknown and misspelt keys at every level, wrong types, ranges, choices,"
     " duplicates, tags, bombs, bytes that are no text, values that contradict each other",
-    expected="exit 2 in < 2 s of a processor, with file:line and key, a misspelt name with the right one; no torch, no traceback",
+    expected="exit 2 in < 2 s of a processor, with file:line and key, a misspelt name with the right one; no torch, no"
+    " traceback",
     asked="3,000",
     quick=300,
     full=8300,
@@ -75,33 +70,6 @@ def all_broken(seed: int) -> Iterator[Broken]:
                     running.remove(cases)
                 else:
                     yield broken
-
-
-def loaded_or_told(broken: Broken) -> None:
-    """Load what lies in r.yaml and hold the answer against what must be said."""
-    started = time.process_time()
-    try:
-        if broken.stage == "run":
-            load_pipeline("r.yaml")
-        else:
-            load_recipe("r.yaml", broken.stage, broken.overrides, world_size=broken.devices)
-    except RecipeError as error:
-        assert broken.says, f"refused: {error}"
-        judge(str(error), broken.says)
-    else:
-        assert not broken.says, "it was loaded"
-    assert (seconds := time.process_time() - started) < IN_TIME, f"took {seconds:.1f} s"
-
-
-def judge(text: str, says: tuple[str, ...]) -> None:
-    """Every pattern stands in some line; problems take two lines each, and no line goes on forever."""
-    lines = text.split("\n")
-    for pattern in says:
-        assert any(re.search(pattern, line) for line in lines), f"no {pattern!r} in:\n{text[:1500]}"
-    problems = sum(not line.startswith("  ") for line in lines)
-    assert len(lines) <= min(5 * problems, 41), f"{len(lines)} lines for {problems} problems:\n{text[:1500]}"
-    assert max(map(len, lines)) < LONGEST, f"a line of {max(map(len, lines)):,} characters: {text[:500]}"
-    assert text.isprintable() or all(line.isprintable() for line in lines), f"control characters: {text[:1500]!r}"
 
 
 def refused_by_command(broken: Broken, path: Path, run: Callable[..., Answer]) -> None:

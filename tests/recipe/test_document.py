@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import yaml
 
 from rlhf.errors import RecipeError
-from rlhf.recipe.document import Document, read_document, to_yaml
+from rlhf.recipe.document import MAX_TOLD, Document, read_document, to_yaml
+from rlhf.recipe.problems import Problem
 
 VALUES = [
     ("1e-5", 1e-5),
@@ -200,3 +202,20 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path) -> None:
             assert isinstance(read(text, tmp_path).values, dict)
         except RecipeError as error:
             assert "r.yaml" in str(error)
+
+
+def test_keys_with_dots_do_not_take_the_place_of_others(tmp_path: Path) -> None:
+    document = read("train.lr: 3\ntrain: {lr: x}\n", tmp_path)
+    assert (document.spot("train.lr")[:2], document.values) == ((2, 13), {"train.lr": 3, "train": {"lr": "x"}})
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="expected a YAML file, found something that is no file"):
+        read_document(tmp_path / "r.yaml")
+
+
+def test_thousands_of_problems_are_counted_and_long_ones_shortened(tmp_path: Path) -> None:
+    document = read("a: 1\n", tmp_path)
+    told = str(document.error([Problem(f"k{i}", "x" * 5000 + "\n") for i in range(100)])).splitlines()
+    assert len(told) == MAX_TOLD + 1 and told[-1] == "... and 80 more problems" and max(map(len, told)) < 700

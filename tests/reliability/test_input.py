@@ -20,8 +20,20 @@ from scripts.reliability.sheet import ROWS
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted((ROOT / "recipes" / "demo").glob("*.yaml"))
-SCRAPS = ["\t", ": ", "- ", "[", "]", "{", "}", "&a ", "*a", "!!python/object:x ", "'", '"', "\0", "\ufeff", "9" * 30, "0x",
-          ".nan", "~", "? ", "| ", "%YAML 1.1\n", "---\n", "#", "\n", "  ", "é", "\u2028", "<<: *a\n", "train.lr: 1\n"]  # fmt: skip
+SCRAPS = [
+    *"\t[]{}#'\"\0\ufeff\u2028~\n",
+    ": ",
+    "- ",
+    "? ",
+    "| ",
+    "  ",
+    "&a ",
+    "*a",
+    "<<: *a\n",
+    "!!python/object:x ",
+    ".nan",
+]
+SCRAPS += ["9" * 30, "0x", "%YAML 1.1\n", "---\n", "train.lr: 1\n"]
 often = settings(
     max_examples=80, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
