@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def reward_model(named: str, run: Path | None, kind: str) -> str:
     if kind != "pairs":
         fix = "Leave the option out, or name a recipe of rlhf rm or rlhf dpo."
         raise RecipeError(f"expected a recipe that learns from pairs, found one of {kind}", where="--reward", fix=fix)
-    folder = Path(named).expanduser()
+    folder = Path(os.path.expanduser(named))
     if any((folder / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
         check_model_folder(str(folder))
         return str(folder)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ from rlhf.models.folder import check_code as check_model_code
 from rlhf.models.folder import check_model_folder
 from rlhf.models.trust import trust_only, trusted_revision
 from rlhf.recipe.load import LoadedRecipe, dump_recipe, load_recipe
+from rlhf.recipe.problems import Problem
 from rlhf.recipe.reward_options import FunctionReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards
-from rlhf.recipe.stages import RECIPES, AnyRecipe, LearningRecipe, Recipe
+from rlhf.recipe.stages import RECIPES, AnyRecipe, LearningRecipe, Recipe, data_blocks
 from rlhf.run.lineage import Parent, hash_file
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import (
@@ -75,11 +77,13 @@ def prepare(
         parents[key] = resolve_parent(source.from_, run, LABELLED, f"{key}.from", loaded.place(f"{key}.from"))
     recipe = with_paths(recipe, parents)
     resolved = dump_recipe(loaded.recipe)
+    with placed(loaded):
+        contents = check_data(recipe, stage)
     inputs: dict[str, Any] = {
         "stage": stage,
         "recipe": loaded.recipe.model_dump(mode="json", by_alias=True, exclude=set(loaded.recipe.of_the_process)),
         "parents": {key: parent.content_hash for key, parent in parents.items()},
-        "data": check_data(recipe, stage),
+        "data": contents,
         "code": {str(file): hash_file(file) for file in sorted(code)} | trusted_models(stage, recipe, parents),
     }
     best = recipe.checkpoint.keep_best if isinstance(recipe, LearningRecipe) else None
@@ -143,6 +147,19 @@ def check_tokenizers(loaded: LoadedRecipe, parents: dict[str, Parent]) -> None:
                     where=loaded.place(f"{key}.from"),
                     fix=same_tokens_fix(key, loaded.recipe.model),
                 )
+
+
+@contextmanager
+def placed(loaded: LoadedRecipe) -> Iterator[None]:
+    """Gives what is said of an option of the data its place in the file."""
+    keys = tuple(data.key for data in data_blocks(loaded.recipe))
+    try:
+        yield
+    except RecipeError as error:
+        if error.where is None or not error.where.startswith(keys):
+            raise
+        key = error.where.replace("[", ".").replace("]", "")
+        raise loaded.error([Problem(key, error.what, error.fix)]) from error
 
 
 def check_data(recipe: AnyRecipe, stage: str) -> dict[str, str]:

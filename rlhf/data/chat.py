@@ -324,7 +324,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str | None) -> None:
 def _read_template(name: str) -> str:
     if name in BUILT_IN:
         return (resources.files("rlhf.data") / "templates" / f"{name}.jinja").read_text(encoding="utf-8")
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.suffix != ".jinja" or not path.is_file():
         raise RecipeError(
             f"expected {', '.join(BUILT_IN)} or a .jinja file that exists, found {name}", where="model.chat_template"

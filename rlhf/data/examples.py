@@ -15,6 +15,7 @@ from rlhf.data.drafts import Draft, draft, unusable
 from rlhf.data.encode import Ids, Mask
 from rlhf.data.filters import RowFilter
 from rlhf.data.formats import Kind, Record, reward_fields
+from rlhf.data.huge import too_long
 from rlhf.data.limits import Limits, limits_of
 from rlhf.data.order import generator
 from rlhf.data.records import read_records
@@ -211,7 +212,8 @@ class _Loader:
         numbered = list(zip(records, self._row, strict=False))
         usable = []
         for record, row in numbered:
-            if problem := unusable(record, self._kind, self._data.on_empty):
+            problem = unusable(record, self._kind, self._data.on_empty)
+            if problem := problem or too_long(record, self._kind, self._limits, self._chat.tokenizer):
                 report.dropped[problem] += 1
                 self._tell(record, row, (problem, ()))
             else:

@@ -20,7 +20,7 @@ from rlhf.data.messages import (
     parse_messages,
 )
 from rlhf.data.numbers import both_sides, density, list_scores, number, win_rates
-from rlhf.data.readers import describe
+from rlhf.data.readers import describe, name_list
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.schema import SourceBlock
 
@@ -132,7 +132,7 @@ def _unknown(row: dict[str, Any], where: str, source: SourceBlock) -> DataError:
         shapes = [needs for name, needs in _SHAPES if name == "labelled" or not source.pair_labels]
     wanted = dict.fromkeys(" + ".join(needs) for needs in shapes)
     return DataError(
-        f"columns: expected {', or '.join(wanted)}, found {', '.join(row) or 'none'}",
+        f"columns: expected {', or '.join(wanted)}, found {name_list(row)}",
         where=where,
         fix=f"Say which column is which in the recipe's `columns`, e.g. columns: {_nearest(row, shapes)}.",
     )
@@ -143,8 +143,8 @@ def _nearest(row: dict[str, Any], shapes: list[tuple[str, ...]]) -> str:
     pairs = [
         (difflib.SequenceMatcher(None, need, column).ratio(), need, column)
         for need in dict.fromkeys(need for needs in shapes for need in needs if need not in row)
-        for column in row
-        if column not in NAMES
+        for column in itertools.islice(row, 100)
+        if column not in NAMES and column.isprintable() and len(column) < 60
     ]
     likeness, need, column = max(pairs, default=(0.0, "", ""))
     return f"{{{need}: {column}}}" if likeness > 0.6 else "{prompt: question}"
@@ -198,7 +198,7 @@ def convert(row: dict[str, Any], where: str, found: str, source: SourceBlock) ->
 def _need(row: dict[str, Any], name: str, where: str) -> Any:
     if name not in row:
         raise DataError(
-            f"{name}: expected this column, found {', '.join(row) or 'none'}",
+            f"{name}: expected this column, found {name_list(row)}",
             where=where,
             fix=did_you_mean(name, row) or None,
         )
@@ -251,6 +251,8 @@ def _alpaca(row: dict[str, Any], where: str) -> Record:
     if row.get("input"):
         parts.append(check_text(row["input"], where, "input"))
     history = row.get("history") or []
+    if not isinstance(history, (list, tuple)):
+        raise DataError(f"history: expected a list of [question, answer], found {describe(history)}", where=where)
     prompt = []
     for i, turn in enumerate(history):
         if not isinstance(turn, (list, tuple)) or len(turn) != 2:
@@ -272,8 +274,8 @@ def _pair(row: dict[str, Any], where: str, found: str) -> Record:
     given: list[Message] = []
     if found == "sharegpt_pairs":
         given = parse_messages(_need(row, "conversations", where), where, "conversations")
-    elif found == "pairs" and "prompt" in row:
-        given = _messages(row["prompt"], "user", where, "prompt")
+    elif found == "pairs" and ("prompt" in row or isinstance(row["chosen"], str)):
+        given = _messages(_need(row, "prompt", where), "user", where, "prompt")
     # An answer that is a whole conversation repeats the prompt, which is then found as the common prefix.
     whole = [*given, *sides[0]] if sides[0][0]["role"] == "assistant" else sides[0]
     other = [*given, *sides[1]] if sides[1][0]["role"] == "assistant" else sides[1]
@@ -307,7 +309,8 @@ def _list(row: dict[str, Any], where: str, source: SourceBlock) -> Record:
             where=where,
             fix="Give every row several answers to its prompt, or leave the row out.",
         )
-    column = "ranks" if "ranks" in {*source.columns, *source.templates} or "scores" not in row else "scores"
+    is_ranked = "ranks" in {*source.columns, *source.templates} or ("ranks" in row and "scores" not in row)
+    column = "ranks" if is_ranked else "scores"
     scores = list_scores(_need(row, column, where), where, column, len(given))
     answers = [_messages(value, "assistant", where, f"answers[{i}]") for i, value in enumerate(given)]
     answers = [answer[len(prompt) :] if answer[: len(prompt)] == prompt else answer for answer in answers]

@@ -7,7 +7,7 @@ import string
 from collections.abc import Iterable
 from typing import Any
 
-from rlhf.data.readers import describe
+from rlhf.data.readers import describe, name_list
 from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.schema import SourceBlock
 
@@ -109,7 +109,7 @@ def _fields(text: str, where: str) -> list[str]:
 def _column(row: dict[str, Any], column: str, where: str, key: str) -> Any:
     if column not in row:
         raise DataError(
-            f"{column}: expected this column, found {', '.join(row) or 'none'}",
+            f"{column}: expected this column, found {name_list(row)}",
             where=where,
             fix=f"{did_you_mean(column, row)} It is named in {key} of the recipe.".strip(),
         )

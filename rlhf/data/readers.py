@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
+import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -21,9 +23,23 @@ Row = tuple[str, dict[str, Any]]  # its place, its columns
 TEXT_SUFFIXES = (".jsonl", ".json", ".csv")
 SUFFIXES = (*TEXT_SUFFIXES, *(f"{suffix}.gz" for suffix in TEXT_SUFFIXES), ".parquet", ".arrow")
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")
-_LONGEST_FIELD = 2**31 - 1  # the csv module's own limit of 128 KiB is shorter than real documents
+_LONGEST_LINE = 64 << 20  # bytes; no row is that long, and memory must not depend on what a file holds
+_LONGEST_LIST = 2 << 30  # of a `.json` file that is one line; it is held in memory
+_DEEPEST = 100  # lists and objects inside each other in a row
 _PLACES_SHOWN = 40
 _UNFIT = (ValueError, TypeError, KeyError)  # what the types that `datasets` registers raise on a hostile description
+_NAMES_SHOWN = 12
+# What a file of another kind begins with, and what to do about it.
+_MAGIC = (
+    (b"\x1f\x8b", "a gzip file", "Name it so: {0}.gz"),
+    (b"PK\x03\x04", "a zip archive", "Unpack it."),
+    (b"PAR1", "a Parquet file", "Name it so: its ending must be .parquet"),
+    (b"ARROW1", "an Arrow file", "Name it so: its ending must be .arrow"),
+    (b"\x28\xb5\x2f\xfd", "a Zstandard file", "Unpack it: zstd -d"),
+    (b"\xfd7zXZ", "an xz file", "Unpack it: xz -d"),
+    (b"BZh", "a bzip2 file", "Unpack it: bzip2 -d"),
+    *((b"\x80" + bytes([version]), "a pickle, which is never read", None) for version in range(2, 6)),
+)
 
 
 def suffix_of(path: Path) -> str | None:
@@ -47,17 +63,24 @@ def _open(path: Path) -> BinaryIO:
     return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")  # type: ignore[return-value]
 
 
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    """Numbered lines with their line ends, as text."""
+def _lines(path: Path, longest: int = _LONGEST_LINE) -> Iterator[tuple[int, str]]:
+    """Numbered lines with their line ends, as text. longest: bytes, of a line."""
     number = 0
     try:
         with _open(path) as file:
-            for number, raw in enumerate(file, start=1):  # noqa: B007 - named in the error below
+            while raw := file.readline(longest + 1):
+                number += 1
+                if len(raw) > longest:
+                    what = f"expected lines of at most {longest >> 20:,} MiB, found a longer one"
+                    raise DataError(what, where=f"{path}:{number}")
                 yield number, _decode(raw, path, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"expected a whole gzip file, found damage after line {number}: {error}", where=str(path)
         ) from error
+    except OSError as error:
+        what = f"expected a file that can be read, found after line {number}: {error.strerror or error}"
+        raise DataError(what, where=str(path)) from error
 
 
 def _decode(raw: bytes, path: Path, first_line: int) -> str:
@@ -70,6 +93,10 @@ def _decode(raw: bytes, path: Path, first_line: int) -> str:
                 fix=f"Convert it: iconv -f UTF-16 -t UTF-8 {path.name}",
             )
         raw = raw.removeprefix(b"\xef\xbb\xbf")
+        for start, kind, fix in _MAGIC:
+            if raw.startswith(start):
+                fix = fix and fix.format(path.name)
+                raise DataError(f"expected UTF-8 text, found {kind}", where=f"{path}:1", fix=fix)
     if (at := raw.find(b"\0")) >= 0:
         raise DataError("expected text, found a NUL byte", where=_place(path, first_line, raw[:at]))
     try:
@@ -106,13 +133,22 @@ def _constant(name: str) -> NoReturn:
     raise ValueError(f"{name}, which is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant)
+def _finite(digits: str) -> float:
+    if math.isinf(number := float(digits)):
+        raise ValueError(f"{digits[:_PLACES_SHOWN]}, which is too large for a number")
+    return number
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_constant, parse_float=_finite)
 
 
 def _parse(text: str, at: int, path: Path, first_line: int) -> tuple[Any, int]:
     """The JSON value at `text[at]` and where it ends."""
     try:
-        return _DECODER.raw_decode(text, at)
+        value, end = _DECODER.raw_decode(text, at)
+        if text.count("[", at, end) + text.count("{", at, end) > _DEEPEST and _is_deep(value):
+            raise RecursionError
+        return value, end
     except json.JSONDecodeError as error:
         raise DataError(
             f"expected JSON, found {_snippet(text, error.pos)} ({error.msg})",
@@ -123,7 +159,22 @@ def _parse(text: str, at: int, path: Path, first_line: int) -> tuple[Any, int]:
             "expected a row, found JSON nested too deeply", where=_place(path, first_line, text[:at])
         ) from error
     except ValueError as error:
-        raise DataError(f"expected JSON, found {error}", where=_place(path, first_line, text[:at])) from error
+        found = "a number of thousands of digits" if "digits" in str(error) and "limit" in str(error) else error
+        raise DataError(f"expected JSON, found {found}", where=_place(path, first_line, text[:at])) from error
+
+
+def _is_deep(value: Any) -> bool:
+    layer = [value]
+    for _ in range(_DEEPEST):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, (dict, list))
+        ]
+        if not layer:
+            return False
+    return True
 
 
 def _snippet(text: str, at: int) -> str:
@@ -157,7 +208,7 @@ def _whole_line(line: str, path: Path, number: int) -> Row:
 
 def _read_json(path: Path) -> Iterator[Row]:
     """A list of rows; or one row per line, as many `.json` files have it."""
-    text = "".join(line for _, line in _lines(path))
+    text = "".join(line for _, line in _lines(path, _LONGEST_LIST))
     at = len(text) - len(text.lstrip())
     if text[at : at + 1] == "[":
         yield from _read_list(text, at, path)
@@ -209,7 +260,7 @@ def _read_list(text: str, at: int, path: Path) -> Iterator[Row]:
 
 def _read_csv(path: Path) -> Iterator[Row]:
     """Rows of a CSV file with a header line. All values are text."""
-    csv.field_size_limit(_LONGEST_FIELD)
+    csv.field_size_limit(_LONGEST_LINE)  # the module's own limit of 128 KiB is shorter than real documents
     reader = csv.reader((line for _, line in _lines(path)), strict=True)
     header: list[str] | None = None
     line = 1
@@ -228,7 +279,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
 
 def _header(names: list[str], place: str) -> list[str]:
     if any(not name.strip() for name in names) or len(set(names)) < len(names):
-        raise DataError(f"expected a header with one distinct name per column, found {names}", where=place)
+        raise DataError(f"expected a header with one distinct name per column, found {name_list(names)}", where=place)
     return names
 
 
@@ -251,7 +302,7 @@ def _read_arrow(path: Path) -> Iterator[Row]:
     import pyarrow  # here for the same reason
 
     try:
-        with pyarrow.memory_map(str(path)) as file:
+        with pyarrow.OSFile(str(path)) as file:  # mapped into memory, a damaged one could end the process
             try:
                 batches: Any = pyarrow.ipc.open_stream(file)
             except pyarrow.ArrowInvalid:  # the other of Arrow's two file layouts
@@ -265,9 +316,40 @@ def _read_arrow(path: Path) -> Iterator[Row]:
 def _batch_rows(batches: Any, path: Path) -> Iterator[Row]:
     number = 0
     for batch in batches:
-        for row in batch.to_pylist():
+        names = batch.schema.names
+        if len(set(names)) < len(names):
+            what = f"expected one distinct name per column, found {name_list(sorted(names))}"
+            raise DataError(what, where=str(path))
+        for row in _plain(batch, path, number):
             number += 1
             yield f"{path}:row {number}", row
+
+
+def _plain(batch: Any, path: Path, before: int) -> list[dict[str, Any]]:
+    """The rows of a batch that comes after `before` others."""
+    try:
+        return _checked(batch)
+    except (ValueError, OverflowError):
+        for i in range(batch.num_rows):
+            try:
+                _checked(batch.slice(i, 1))
+            except (ValueError, OverflowError) as error:
+                what = f"expected plain values, found one that cannot be read: {_first_line(error)}"
+                raise DataError(what, where=f"{path}:row {before + i + 1}") from error
+        raise
+
+
+def _checked(batch: Any) -> list[dict[str, Any]]:
+    """Python values. Raises for what Python has no like for, such as a date after the year 9999."""
+    batch.validate(full=True)  # offsets that point outside would be followed
+    rows: list[dict[str, Any]] = batch.to_pylist()
+    return rows
+
+
+def check_arrow(path: Path) -> None:
+    """Refuse an Arrow file that is damaged, before a library maps it into memory and trusts it."""
+    for _ in _read_arrow(path):
+        pass
 
 
 def _first_line(error: BaseException) -> str:
@@ -285,7 +367,16 @@ def describe(value: Any) -> str:
     if isinstance(value, str):
         return repr(value[:_PLACES_SHOWN] + ("..." if len(value) > _PLACES_SHOWN else "")) if value else "empty text"
     if isinstance(value, dict):
-        return f"an object with {', '.join(list(map(str, value))[:6]) or 'no keys'}"
+        return f"an object with {name_list(value) if value else 'no keys'}"
     if isinstance(value, (list, tuple)):
         return f"a list of {len(value)}"
     return f"a {type(value).__name__}"
+
+
+def name_list(names: Iterable[Any]) -> str:
+    """Names of columns or keys, for messages: printable, and not more than fit a line."""
+    few = list(itertools.islice(names, _NAMES_SHOWN + 1))
+    words = [
+        name if (name := str(each)).isprintable() and len(name) <= _PLACES_SHOWN else describe(name) for each in few
+    ]
+    return ", ".join(words[:_NAMES_SHOWN]) + (", ..." if len(words) > _NAMES_SHOWN else "") if words else "none"

@@ -16,6 +16,7 @@ from rlhf.data.chat import ChatTemplate
 from rlhf.data.drafts import Draft, draft, unusable
 from rlhf.data.encode import Ids, Mask
 from rlhf.data.formats import Kind, Record
+from rlhf.data.huge import too_long
 from rlhf.data.limits import Limits, limits_of
 from rlhf.data.records import read_records
 from rlhf.data.report import SourceReport
@@ -42,7 +43,7 @@ def show(
 
 
 def _shown(record: Record, found: str, chat: ChatTemplate, kind: Kind, data: DataBlock, limits: Limits) -> Shown:
-    problem = unusable(record, kind, "drop")
+    problem = unusable(record, kind, "drop") or too_long(record, kind, limits, chat.tokenizer)
     if problem:
         return Shown(f"{record.where}  {found}  dropped: {problem}", ())
     (one,) = draft([record], chat, kind, data.train_on)

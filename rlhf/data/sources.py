@@ -21,7 +21,7 @@ from typing import Any, Literal
 from rlhf.data.demo import demo_rows
 from rlhf.data.formats import Kind, detect, require
 from rlhf.data.mapping import Mapping
-from rlhf.data.readers import SUFFIXES, Row, read_file, suffix_of
+from rlhf.data.readers import SUFFIXES, Row, check_arrow, read_file, suffix_of
 from rlhf.data.shifts import SHIFTS, shift_rows
 from rlhf.errors import DataError, RecipeError, ServiceError, UnsafeError
 from rlhf.recipe.schema import DataBlock, SourceBlock
@@ -94,10 +94,18 @@ def _check(source: SourceBlock, key: str, kind: Kind) -> SourceFacts:
     mapping = Mapping(source, key)
     if located.kind == "hub":
         return SourceFacts(key, str(source.path), located, None, ())
-    where, row = next(read_rows(source, key))
+    where, row = first_row(source, key)
     found = detect(mapping(where, row), where, source, key)
     require(found, kind, where, source)
     return SourceFacts(key, str(source.path), located, found, tuple(row))
+
+
+def first_row(source: SourceBlock, key: str) -> Row:
+    """The first row that a stage reads of a source; there may be none in a part of few rows."""
+    row = next(read_rows(source, key), None)
+    if row is None:
+        raise DataError(f"expected rows in part {source.part}, found none", where=str(source.path), fix=_named(key))
+    return row
 
 
 def _demo_name(source: SourceBlock) -> str:
@@ -135,8 +143,8 @@ def locate(source: SourceBlock, key: str) -> Located:
             names = ", ".join(DEMO + name for name in DEMO_NAMES)
             raise DataError(f"expected one of {names}, found {source.path}", where=f"{key}.path")
         return Located("demo")
-    path = Path(source.path).expanduser()
-    if not path.exists():
+    path = Path(os.path.expanduser(source.path))
+    if not os.path.exists(path):
         if _HUB_ID.fullmatch(source.path) and suffix_of(path) is None:
             return Located("hub")
         raise _missing(path, key)
@@ -208,7 +216,7 @@ def _readable(path: Path, key: str) -> Path:
 
 
 def _missing(path: Path, key: str) -> DataError:
-    folder = next(parent for parent in (*path.parents, Path("/")) if parent.exists())
+    folder = next(parent for parent in (*path.parents, Path("/")) if os.path.exists(parent))
     names = [p.name for p in folder.iterdir()] if folder.is_dir() and os.access(folder, os.R_OK) else []
     first = path.relative_to(folder).parts[0] if folder in path.parents else path.name
     near = difflib.get_close_matches(first, names, n=1)
@@ -281,9 +289,12 @@ def _load_saved(source: SourceBlock, located: Located) -> Any:
     import datasets
 
     _refuse_other_files(located)
+    for path in located.files:
+        if path.suffix == ".arrow":
+            check_arrow(path)
     try:
         dataset = datasets.load_from_disk(str(located.folder))
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise DataError(f"expected a save_to_disk folder, found: {_short(error)}", where=str(located.folder)) from error
     if isinstance(dataset, datasets.DatasetDict):
         if source.split not in dataset:

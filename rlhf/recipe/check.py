@@ -353,17 +353,20 @@ def missing_files(recipe: AnyRecipe) -> list[Problem]:
     for key, reward in named_rewards(recipe):
         if isinstance(reward, (FunctionReward, ProcessReward)):
             named.append((f"{key}.function", reward.function.rpartition(":")[0]))
-    return [_missing(key, file) for key, file in named if not Path(file).is_file()]
+    return [_missing(key, file) for key, file in named if not os.path.isfile(file)]
 
 
 def missing_data(recipe: AnyRecipe) -> list[Problem]:
     """Local data files and folders that are not there, relative to the current directory."""
     named = [(f"{key}.path", source.path) for key, source in sources(recipe) if source.path]
-    return [_missing(key, path) for key, path in named if looks_local(path) and not Path(path).expanduser().exists()]
+    return [
+        _missing(k, path) for k, path in named if looks_local(path) and not os.path.exists(os.path.expanduser(path))
+    ]
 
 
 def _missing(key: str, file: str) -> Problem:
-    folder = Path(file).expanduser().parent
-    near = closest(Path(file).name, [p.name for p in folder.iterdir()]) if folder.is_dir() else []
+    folder = Path(os.path.expanduser(file)).parent
+    is_open = os.path.isdir(folder) and os.access(folder, os.R_OK)
+    near = closest(Path(file).name, os.listdir(folder)) if is_open else []
     fix = f"did you mean {folder / near[0]}?" if near else f"it is looked for from {Path.cwd()}"
     return Problem(key, f"expected a file, found nothing at {file}", fix)

@@ -17,11 +17,14 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from rlhf.errors import RecipeError
-from rlhf.recipe.problems import Problem, Spot, closest, found
+from rlhf.recipe.problems import Problem, Spot, closest, dotted, found, shown, told
 
 MAX_BYTES = 256 * 1024
-MAX_VALUES = 20_000  # after aliases are expanded
+MAX_VALUES = 5_000  # after aliases are expanded
 MAX_DEPTH = 30
+LINE_END = b"\n"
+MAX_TOLD = 20  # problems at once
+LARGEST = 2**63 - 1  # of whole numbers: beyond, arithmetic with fractions overflows, and no option means such a number
 
 _TAG = "tag:yaml.org,2002:"
 _INT = re.compile(r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+")
@@ -38,6 +41,30 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
     """PyYAML's safe reader with the number and truth words of YAML 1.2."""
 
     yaml_implicit_resolvers: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    count = depth = 0
+
+    def compose_node(self, parent: Node | None, index: Any) -> Node:
+        """Like the inherited one, but what is too much is refused at its place, before it costs time."""
+        self.count += 1
+        self.depth += 1
+        if self.count > MAX_VALUES or self.depth > MAX_DEPTH + 1:
+            raise _TooMuch(self.peek_event().start_mark, is_deep=self.depth > MAX_DEPTH + 1)
+        try:
+            return super().compose_node(parent, index)
+        finally:
+            self.depth -= 1
+
+
+class _TooMuch(Exception):
+    """A text with more in it than any recipe."""
+
+    def __init__(self, mark: yaml.Mark, *, is_deep: bool) -> None:
+        super().__init__()
+        self.mark, self.what = mark, _too_much(is_deep)
+
+
+def _too_much(is_deep: bool) -> str:
+    return "values nested too deeply" if is_deep else f"more than {MAX_VALUES:,} values"
 
 
 class _Dumper(yaml.SafeDumper):  # type: ignore[misc]
@@ -77,6 +104,7 @@ class Document:
     values: Any = None
     marks: dict[str, Mark] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    untold: int = 0  # problems beyond those that are worth looking at
 
     def spot(self, key: str, also: tuple[str, ...] = ()) -> Spot:
         """Where a key stands; if several are concerned, one from the command line, else the first that is written."""
@@ -102,11 +130,12 @@ class Document:
         lines = {}
         for problem in problems:
             spot = problem.spot or self.spot(problem.key, problem.also)
-            name = problem.key if problem.key.isprintable() else repr(problem.key)
-            key = f"{name}: " if name else ""
-            fix = f"\n  {problem.fix}" if problem.fix else ""
-            lines[f"{self.place_of(spot)}: {key}{problem.what}{fix}"] = (spot.override is not None, spot)
-        return RecipeError("\n".join(sorted(lines, key=lambda line: lines[line])))
+            key = f"{shown(problem.key)}: " if problem.key else ""
+            fix = f"\n  {told(problem.fix)}" if problem.fix else ""
+            lines[f"{told(self.place_of(spot))}: {key}{told(problem.what)}{fix}"] = (spot.override is not None, spot)
+        ordered = sorted(lines, key=lambda line: lines[line])
+        more = len(ordered[MAX_TOLD:]) + self.untold
+        return RecipeError("\n".join([*ordered[:MAX_TOLD], *([f"... and {more:,} more problems"] if more else [])]))
 
 
 def read_document(path: str | Path) -> Document:
@@ -131,8 +160,8 @@ def _kind(value: Any) -> str:
 
 
 def _read_text(file: Path) -> str:
-    def refuse(what: str, fix: str | None = None) -> RecipeError:
-        return RecipeError(f"expected a YAML file, found {what}", where=str(file), fix=fix)
+    def refuse(what: str, fix: str | None = None, at: str = "") -> RecipeError:
+        return RecipeError(f"expected a YAML file, found {what}", where=f"{file}{at}", fix=fix)
 
     try:
         if file.is_dir():
@@ -143,17 +172,23 @@ def _read_text(file: Path) -> str:
             near = closest(file.name, [p.name for p in folder.glob("*.y*ml")]) if folder.is_dir() else []
             looked = f"did you mean {folder / near[0]}?" if near else f"it is looked for from {Path.cwd()}"
             raise refuse("nothing", looked)
+        if not file.is_file():  # a pipe would be waited for, a device has no end
+            raise refuse("something that is no file")
         with file.open("rb") as stream:
             raw = stream.read(MAX_BYTES + 1)
     except OSError as error:
         raise refuse(f"a file that cannot be read ({error.strerror})") from error
     if len(raw) > MAX_BYTES:
         raise refuse(f"more than {MAX_BYTES // 1024} KiB", "a recipe is a page or two; is this a data file?")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise refuse("UTF-16", "save the file as UTF-8", ":1:1")
     try:
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        raise refuse(f"bytes that are not UTF-8 in line {line}", "save the file as UTF-8") from error
+        before = raw[: error.start]
+        at = f":{before.count(LINE_END) + 1}:{len(before) - before.rfind(LINE_END)}"
+        what = f"the byte 0x{raw[error.start]:02x}, which is not UTF-8"
+        raise refuse(what, "save the file as UTF-8", at) from error
 
 
 class Unreadable(Exception):
@@ -166,8 +201,10 @@ class Unreadable(Exception):
 
 def parse(document: Document, text: str, spot: Callable[[yaml.Mark], Spot], at: str = "") -> Any:
     """The values of a YAML text; marks and problems go to the document, under the key `at`."""
+    loader = None
     try:
-        node = yaml.compose(text, Loader=_Loader)
+        loader = _Loader(text)
+        node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark or _mark(text, 0)
         fix = "indent with spaces, not tabs" if "'\\t'" in str(error.problem) else None
@@ -178,10 +215,11 @@ def parse(document: Document, text: str, spot: Callable[[yaml.Mark], Spot], at: 
         what = f"expected text, found the control character {chr(error.character)!r}"
         where = spot(_mark(text, error.position))
         raise Unreadable(Problem(at, what, "remove it", spot=where)) from error
-    except (ValueError, OverflowError) as error:
-        raise Unreadable(Problem(at, f"expected valid YAML, found an error: {error}")) from error
-    except RecursionError as error:
-        raise Unreadable(Problem(at, "expected plain values, found them nested too deeply")) from error
+    except (ValueError, OverflowError) as error:  # an escaped character beyond Unicode
+        where = spot(_mark(text, 0) if loader is None else loader.get_mark())
+        raise Unreadable(Problem(at, f"expected valid YAML, found an error: {error}", spot=where)) from error
+    except _TooMuch as error:
+        raise Unreadable(Problem(at, f"expected plain values, found {error.what}", spot=spot(error.mark))) from error
     return None if node is None else _Reading(document, spot).value(node, at, spot(node.start_mark))
 
 
@@ -202,8 +240,8 @@ class _Reading:
         where = self.spot(node.start_mark)
         self.count += 1
         if self.count > MAX_VALUES or self.depth > MAX_DEPTH:
-            size = "values nested too deeply" if self.depth > MAX_DEPTH else f"more than {MAX_VALUES:,} values"
             fix = "aliases (*name) must not repeat each other"
+            size = _too_much(self.depth > MAX_DEPTH)
             raise Unreadable(Problem("", f"expected plain values, found {size}", fix, spot=where))
         self.document.marks[at] = Mark(key, where, node.value if isinstance(node, ScalarNode) else None)
         self.depth += 1
@@ -215,7 +253,7 @@ class _Reading:
             if isinstance(node, ScalarNode) and node.tag in _SCALARS:
                 return _SCALARS[node.tag](node.value)
         except ValueError:
-            self._problem(at, f"expected {_words(node.tag)}, found {found(node.value)}", None, where)
+            self._problem(at, f"expected {_wanted(node)}, found {found(node.value)}", None, where)
             return None
         finally:
             self.depth -= 1
@@ -244,7 +282,12 @@ class _Reading:
 
 
 def _join(at: str, part: str | int) -> str:
-    return f"{at}.{part}" if at else str(part)
+    return f"{at}.{dotted([part])}" if at else dotted([part])
+
+
+def _wanted(node: ScalarNode) -> str:
+    is_number = node.tag == _TAG + "int" and _INT.fullmatch(node.value)
+    return "a whole number of at most 64 bits" if is_number else _words(node.tag)
 
 
 def _words(tag: str) -> str:
@@ -264,14 +307,18 @@ def _bool(text: str) -> bool:
 
 def _int(text: str) -> int:
     digits = text.replace("_", "")
-    return int(digits, 0) if digits[:2] in ("0x", "0o") else int(digits)
+    number = int(digits, 0) if digits[:2] in ("0x", "0o") else int(digits)
+    if abs(number) > LARGEST:
+        raise ValueError(text)
+    return number
 
 
 def _float(text: str) -> float | int:
     digits = text.replace("_", "").lower()
     number = float(digits.replace(".inf", "inf").replace(".nan", "nan"))
     # 1e5 may stand where a whole number is expected; 1.0 may not.
-    return int(number) if "e" in digits and "." not in digits and number.is_integer() else number
+    is_whole = "e" in digits and "." not in digits and number.is_integer() and abs(number) <= LARGEST
+    return int(number) if is_whole else number
 
 
 _SCALARS: dict[str, Callable[[str], Any]] = {

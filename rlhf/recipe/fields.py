@@ -15,7 +15,7 @@ from annotated_types import Ge, Gt, Le, Lt, MinLen
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
-from rlhf.recipe.problems import choice, found
+from rlhf.recipe.problems import choice, found, index
 from rlhf.recipe.schema import Block
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", Any: "a value"}
@@ -152,7 +152,7 @@ def shape_at(model: type[Block], path: Sequence[str], values: Any) -> Shape | No
 def step(shape: Shape, part: str, values: Any) -> Shape | None:
     """The shape one key or list index further down."""
     if shape.item is not None:
-        return shape.item if part.isdigit() or not shape.is_list else None
+        return shape.item if index(part) is not None or not shape.is_list else None
     for block in chosen(shape, values):
         if part in options(block):
             return options(block)[part].shape
@@ -174,8 +174,9 @@ def child(values: Any, part: str) -> Any:
     """The value under a key or list index, None where there is none."""
     if isinstance(values, dict):
         return values.get(part)
-    if isinstance(values, list) and part.isdigit() and int(part) < len(values):
-        return values[int(part)]
+    number = index(part)
+    if isinstance(values, list) and number is not None and number < len(values):
+        return values[number]
     return None
 
 

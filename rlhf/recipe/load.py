@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import glob
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from rlhf.errors import DataError, RecipeError
 from rlhf.recipe.check import check_recipe, missing_data, missing_files
 from rlhf.recipe.document import Document, Mark, read_document, to_yaml
 from rlhf.recipe.overrides import apply_overrides
-from rlhf.recipe.problems import Problem, closest
+from rlhf.recipe.problems import Problem, closest, dotted
 from rlhf.recipe.rounds import expand_rounds
 from rlhf.recipe.schema import Block
 from rlhf.recipe.secrets import secrets
@@ -26,6 +28,7 @@ AnyBlock = TypeVar("AnyBlock", bound=Block)
 # Take the place of a required block that is wrong, so that the rest of the recipe can still be checked.
 STAND_INS = {"model": {"path": "-"}, "data": {"path": "-"}, "base": {"path": "-"}}
 ROUNDS = 5
+MOST = 50  # mistakes that are looked at; a file with more of them is no recipe
 
 
 @dataclass(frozen=True)
@@ -125,10 +128,14 @@ def _validate(model: type[AnyBlock], document: Document) -> tuple[AnyBlock | Non
         try:
             return model.model_validate(values, by_alias=True, by_name=False), problems, touched
         except ValidationError as error:
-            found = [translate(document, model, values, e) for e in error.errors(include_url=False)]
+            errors = error.errors(include_url=False)
+            found = [translate(document, model, values, e) for e in errors[:MOST]]
+            document.untold = len(errors[MOST:])
         problems += [problem for problem, _ in found if not _follows(problem, touched)]
         for problem, path in found:
             touched |= {problem.key, *problem.also, *problem.near, _take_out(values, path)}
+        if document.untold:
+            break
     return None, problems, touched
 
 
@@ -154,7 +161,7 @@ def _take_out(values: dict[str, Any], path: tuple[str, ...]) -> str:
     parents[-1].pop(path[-1], None)
     if len(path) == 1 and path[0] in STAND_INS:
         values[path[0]] = STAND_INS[path[0]]
-    return ".".join(path)
+    return dotted(path)
 
 
 def load_pipeline(path: str | Path) -> list[PipelineCommand]:
@@ -163,12 +170,13 @@ def load_pipeline(path: str | Path) -> list[PipelineCommand]:
     refuse_secrets(document)
     expanded, as_written = expand_rounds(document)
     pipeline, problems, _ = _validate(Pipeline, expanded)
+    document.untold = expanded.untold
     folder = Path(path).parent
     commands = []
     for i, step in enumerate(pipeline.stages if pipeline is not None else []):
         recipe = folder / step.recipe
-        if not recipe.is_file():
-            near = closest(recipe.name, [p.name for p in recipe.parent.glob("*.y*ml")])
+        if not os.path.isfile(recipe):
+            near = closest(recipe.name, glob.glob("*.y*ml", root_dir=recipe.parent)) if recipe.name else []
             fix = f"did you mean {near[0]}?" if near else "paths are relative to the pipeline file"
             problems.append(Problem(f"stages.{i}.recipe", f"expected a recipe, found nothing at {recipe}", fix))
         overrides = tuple(f"{key}={to_yaml(value, one_line=True)}" for key, value in step.set.items())

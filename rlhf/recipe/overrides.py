@@ -7,7 +7,7 @@ from typing import Any
 
 from rlhf.recipe.document import Document, Mark, Unreadable, parse
 from rlhf.recipe.fields import child, chosen, option_at, shape_at
-from rlhf.recipe.problems import Problem, Spot, found
+from rlhf.recipe.problems import Problem, Spot, found, index, shown
 from rlhf.recipe.schema import Block
 
 
@@ -46,12 +46,12 @@ def _assign(document: Document, model: type[Block], text: str, spot: Spot) -> st
 
 def _has_room(document: Document, container: Any, path: list[str], spot: Spot) -> bool:
     """Whether `container` can hold the last part of `path`; a problem is noted if not."""
-    part = path[-1]
-    if isinstance(container, dict) or (isinstance(container, list) and part.isdigit() and int(part) <= len(container)):
+    part, number = path[-1], index(path[-1])
+    if isinstance(container, dict) or (isinstance(container, list) and number is not None and number <= len(container)):
         return True
     block = ".".join(path[:-1])
     if isinstance(container, list):
-        what = f"expected an index from 0 to {len(container)}, found {part}"
+        what = f"expected an index from 0 to {len(container)}, found {shown(part)}"
     else:
         what = f"expected {block} to be a block, found {found(container)}"
     document.problems.append(Problem(".".join(path), what, spot=spot))
@@ -78,7 +78,7 @@ def _put(container: Any, part: str, value: Any) -> None:
 
 
 def _value(document: Document, model: type[Block], path: list[str], raw: str, spot: Spot) -> Any:
-    key = ".".join(path)
+    key, before = ".".join(path), len(document.problems)
     try:
         value = parse(document, raw, lambda mark: spot, at=key)
     except Unreadable as error:
@@ -86,7 +86,8 @@ def _value(document: Document, model: type[Block], path: list[str], raw: str, sp
         return None
     shape = shape_at(model, path, document.values)
     # The shell has taken the quotes: where text belongs, 2024 and #### are text.
-    if shape is not None and shape.is_text and not isinstance(value, (str, list, dict)):
+    if shape is not None and shape.is_text and not isinstance(value, (str, list, dict)) and not raw.startswith("!"):
+        del document.problems[before:]  # so is a number that is none for being too large
         return None if raw in ("", "~", "null") else raw
     return value
 

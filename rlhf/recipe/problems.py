@@ -17,6 +17,34 @@ class Spot(NamedTuple):
     override: str | None = None
 
 
+_DOT = "\ue02e"  # stands for a dot inside a name, which is not one between two names
+
+
+def dotted(path: Iterable[object]) -> str:
+    """A key as one text: train.lr, rewards.0.kind. Names that hold dots themselves do not get in the way."""
+    return ".".join(str(part).replace(".", _DOT) for part in path)
+
+
+def shown(key: str) -> str:
+    """A dotted key as it is told: printable, and not longer than a line."""
+    key = key.replace(_DOT, ".")
+    return _short(key if key.isprintable() else repr(key), 120)
+
+
+def index(part: str) -> int | None:
+    """The list index that a part of a key stands for, None where it is a name."""
+    return int(part) if part.isascii() and part.isdecimal() and len(part) < 10 else None
+
+
+def told(text: str) -> str:
+    """A message without line breaks and other control characters, a long one shortened."""
+    plain = "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:_MOST])
+    return plain + " ..." * (len(text) > _MOST)
+
+
+_MOST = 600
+
+
 @dataclass(frozen=True)
 class Problem:
     """One thing to correct."""

@@ -13,10 +13,11 @@ from dataclasses import replace
 from typing import Any
 
 from rlhf.recipe.document import Document
-from rlhf.recipe.problems import Problem, found
+from rlhf.recipe.problems import Problem, found, index
 
 _KEYS = ("rounds", "stages")
-MOST = 1000
+MOST = 1000  # rounds
+MOST_STEPS = 5000  # that one block of rounds is written out to
 
 
 def expand_rounds(document: Document) -> tuple[Document, Callable[[Problem], Problem]]:
@@ -58,9 +59,8 @@ def expand_rounds(document: Document) -> tuple[Document, Callable[[Problem], Pro
 
 def _step_of(key: str, origins: list[str]) -> tuple[str, str]:
     """The step that a key of the expanded document lies in, there and in the file."""
-    number = key.split(".")[1] if key.startswith("stages.") else ""
-    inside = number.isdigit() and int(number) < len(origins)
-    return (f"stages.{number}", origins[int(number)]) if inside else (key, key)
+    number = index(key.split(".")[1]) if key.startswith("stages.") else None
+    return (key, key) if number is None or number >= len(origins) else (f"stages.{number}", origins[number])
 
 
 def _problems(item: dict[str, Any], key: str) -> list[Problem]:
@@ -75,6 +75,9 @@ def _problems(item: dict[str, Any], key: str) -> list[Problem]:
         fix = "they are written like those of the pipeline"
         problems.append(Problem(f"{key}.stages", f"expected a list of stages, found {found(stages)}", fix))
         return problems
+    if not problems and rounds * len(stages) > MOST_STEPS:
+        what = f"expected at most {MOST_STEPS} stages in all rounds, found {rounds} x {len(stages)}"
+        problems.append(Problem(f"{key}.rounds", what))
     for j, step in enumerate(stages):
         name = step.get("name")
         if "rounds" in step:

@@ -185,7 +185,7 @@ class SourceBlock(Block):
     )
     part: str | None = Field(
         None,
-        pattern=r"^[1-9]\d*/[1-9]\d*$",
+        pattern=r"^[1-9][0-9]{0,8}/[1-9][0-9]{0,8}$",
         description="every n-th row, e.g. 1/2 and 2/2: halves that share no row, for a train and a test reward model",
     )
     limit: int | None = Field(None, ge=1, description="read at most this many rows")

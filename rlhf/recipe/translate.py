@@ -11,21 +11,21 @@ from typing import Any
 
 from rlhf.recipe.document import Document
 from rlhf.recipe.fields import Option, Shape, child, chosen, meaning, option_at, options, shape_at, step, tags, walk
-from rlhf.recipe.problems import Problem, choice, closest, found
+from rlhf.recipe.problems import Problem, choice, closest, dotted, found, shown
 from rlhf.recipe.schema import Block
 
 
 def translate(document: Document, model: type[Block], values: Any, error: Any) -> tuple[Problem, tuple[str, ...]]:
     """The problem behind one entry of `ValidationError.errors()`, and the path of the value to blame."""
     path, shape = _locate(model, error["loc"], values)
-    kind, key = error["type"], ".".join(path)
+    kind, key = error["type"], dotted(path)
     if kind == "extra_forbidden":
         return _unknown_key(document, model, path, values), path
     if kind == "conflict":
         return Problem(key, error["ctx"]["message"], also=tuple(f"{key}.{k}" for k in error["ctx"]["keys"])), path
     if kind in ("union_tag_invalid", "union_tag_not_found"):
         path = (*path, str(shape.tag))
-        key, shape = ".".join(path), Shape(f"one of {', '.join(tags(shape))}", allowed=tuple(tags(shape)))
+        key, shape = dotted(path), Shape(f"one of {', '.join(tags(shape))}", allowed=tuple(tags(shape)))
     value = _at(values, path)
     return Problem(
         key, f"expected {shape.words}, found {_found(document, key, value)}", _hint(model, path, shape, value, values)
@@ -111,10 +111,12 @@ def _unknown_key(document: Document, model: type[Block], path: tuple[str, ...], 
     elif near:
         fix = f"did you mean {choice(near[:3])}?"
     else:
-        fix = f"keys of {'.'.join(block) or 'this recipe'}: {', '.join(dict.fromkeys(siblings))}"
-    key = ".".join(path)
+        fix = f"keys of {shown(dotted(block)) or 'this recipe'}: {', '.join(dict.fromkeys(siblings))}"
+    key = dotted(path)
     mark = document.marks.get(key)
-    return Problem(key, f"expected a known key, found {name!r}", fix, near=tuple(near), spot=mark.key if mark else None)
+    return Problem(
+        key, f"expected a known key, found {found(name)}", fix, near=tuple(near), spot=mark.key if mark else None
+    )
 
 
 def _elsewhere(model: type[Block], key: str, name: str, *, is_lost: bool) -> list[str]:

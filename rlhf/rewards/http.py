@@ -208,9 +208,14 @@ def without_key(text: str, key: str | None) -> str:
     return text if key is None else text.replace(key, "(key)")
 
 
+def seconds_before(again: int) -> float:
+    """How long to wait before a try: nothing before the first, 0, then twice as long each time, up to a bound."""
+    return min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE) if again else 0.0
+
+
 def pause(again: int, poll: Callable[[], None]) -> None:
     """Wait before a further try, longer each time; `again` counts them, 0 being the first try of all."""
-    until = time.monotonic() + (min(_PAUSE * 2 ** (again - 1), _LONGEST_PAUSE) if again else 0.0)
+    until = time.monotonic() + seconds_before(again)
     poll()
     while (left := until - time.monotonic()) > 0:
         time.sleep(min(left, _PAUSE))

@@ -15,6 +15,7 @@ runs/hh/
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from pathlib import Path
@@ -72,7 +73,7 @@ def resolve_parent(ref: str, run: RunDir, kinds: tuple[str, ...], key: str, reci
     and key, the stage folder, and the command that makes what is missing.
     """
     where = f"{recipe_file}: {key}"
-    path = Path(ref).expanduser()
+    path = Path(os.path.expanduser(ref))
     home = run if str(path) == path.name else RunDir(path.parent)
     try:
         stage = home.stage(path.name)

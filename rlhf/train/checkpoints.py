@@ -145,11 +145,10 @@ class Checkpoints:
         temporary = Path(dist.from_main(made))
         for name, kept in self._running.kept().items():
             dist.agreed(lambda name=name, kept=kept: _put(kept, temporary / name, needs))  # type: ignore[misc]
+        numbers = {_STANDING: self._running.standing.as_json()}
         if self._running.state is not None:
-            state = self._running.state.as_json()
-            dist.agreed(lambda: commit.write_json(temporary / _STATE, state) if dist.is_main() else None)
-        standing = self._running.standing.as_json()
-        dist.agreed(lambda: commit.write_json(temporary / _STANDING, standing) if dist.is_main() else None)
+            numbers[_STATE] = self._running.state.as_json()
+        dist.agreed(lambda: _write_numbers(temporary, numbers) if dist.is_main() else None)
         return temporary
 
     def _needs(self) -> int:
@@ -216,6 +215,11 @@ def _prepared(final: Path, needs: int) -> Path:
 def _put(kept: Kept, folder: Path, needs: int) -> None:
     with library_writes(folder, needs):
         kept.save(folder)
+
+
+def _write_numbers(folder: Path, numbers: dict[str, dict[str, Any]]) -> None:
+    for name, values in numbers.items():
+        commit.write_json(folder / name, values, durable=False)  # as yet: the thread forces all files to the disk
 
 
 def best_checkpoint(folder: StageDir, standing: Standing) -> list[Path]:

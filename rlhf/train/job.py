@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -142,4 +143,4 @@ class Job:
 
 def local_path(source: str) -> str:
     """A folder or hub id as it was named, `~` filled in."""
-    return str(Path(source).expanduser()) if source.startswith("~") else source
+    return os.path.expanduser(source)

@@ -342,6 +342,9 @@ def test_rows_that_change_their_type_or_lose_a_column_later() -> None:
         ({"prompt": "p", "completion": ["c"]}, "prompt_completion", "completion[0]: expected {role, content}"),
         ({"chosen": "no transcript", "rejected": HH}, "dialogue_pairs", "chosen: expected a transcript"),
         ({"output": "o"}, "alpaca", "instruction: expected this column, found output"),
+        ({"instruction": "i", "output": "o", "history": 5}, "alpaca", "history: expected a list of [question, answer]"),
+        ({"chosen": "c", "rejected": "r"}, "pairs", "prompt: expected this column, found chosen, rejected"),
+        ({"prompt": "p", "answers": ["a", "b"]}, "lists", "scores: expected this column, found prompt, answers"),
     ):
         with pytest.raises(DataError) as caught:
             convert(row, "x:9", found, source)

@@ -90,6 +90,17 @@ BROKEN = {
     "CP-1252": ("a.jsonl", GOOD + b'{"a": "it\x92s"}\n', ":2:10: expected UTF-8 text, found the byte 0x92"),
     "UTF-16": ("a.jsonl", '{"a": 1}\n'.encode("utf-16"), ": expected UTF-8 text, found UTF-16"),
     "NUL": ("a.jsonl", GOOD + b'{"a": "\0"}\n', ":2:8: expected text, found a NUL byte"),
+    "deep enough": ("a.jsonl", b'{"a":' + b"[" * 101 + b"]" * 101 + b"}\n", ":1:1: expected a row, found JSON nested"),
+    "huge": ("a.jsonl", b'{"a": 1e999}\n', ":1:1: expected JSON, found 1e999, which is too large for a number"),
+    "digits": ("a.jsonl", b'{"a": ' + b"9" * 5000 + b"}", ":1:1: expected JSON, found a number of thousands of digits"),
+    "zip": ("a.jsonl", b"PK\x03\x04\x14\0", ":1: expected UTF-8 text, found a zip archive\n  Unpack it."),
+    "pickle": ("a.csv", b"\x80\x04\x95", ":1: expected UTF-8 text, found a pickle, which is never read"),
+    "named wrong": (
+        "a.jsonl",
+        gzip.compress(GOOD),
+        ":1: expected UTF-8 text, found a gzip file\n  Name it so: a.jsonl.gz",
+    ),
+    "long": ("a.jsonl", b"x" * (65 << 20), ":1: expected lines of at most 64 MiB, found a longer one"),
     "gzip": ("a.jsonl.gz", gzip.compress(GOOD * 99)[:-12], ": expected a whole gzip file, found damage"),
     "no gzip": ("a.jsonl.gz", GOOD, ": expected a whole gzip file, found damage"),
     "list cut": ("a.json", b'[{"a": 1},\n {"a": 2}', ":2:10: expected ',' or ']', found the end"),
@@ -121,3 +132,41 @@ def test_a_broken_line_is_reported_after_the_rows_before_it(write: Write) -> Non
     assert sum(1 for _ in zip(range(1000), reader, strict=False)) == 1000
     with pytest.raises(DataError, match=":1001:2: expected JSON"):
         next(reader)
+
+
+def test_a_list_in_one_long_line_is_read(write: Write) -> None:
+    row = '{"a": "' + "x" * (1 << 20) + '"}'
+    assert len(rows(write("a.json", f"[{','.join([row] * 66)}]"))) == 66
+
+
+def test_damage_in_arrow_files_is_told_and_never_ends_the_process(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_pylist([{"a": f"text {i}"} for i in range(300)])
+    sink = pyarrow.BufferOutputStream()
+    with pyarrow.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    good = sink.getvalue().to_pybytes()
+    path, refused = tmp_path / "a.arrow", 0
+    for at in range(7, len(good), 97):
+        path.write_bytes(good[:at] + bytes([good[at] ^ 0x80]) + good[at + 1 :])
+        try:
+            rows(str(path))
+        except DataError as error:
+            assert str(error).startswith(str(path))
+            refused += 1
+    assert refused > 20
+
+
+def test_values_without_a_like_in_python_name_their_row(tmp_path: Path) -> None:
+    latin = pyarrow.Array.from_buffers(pyarrow.string(), 2, pyarrow.array([b"a", b"\xff"]).buffers())
+    dates = pyarrow.array([0, 2**62], pyarrow.timestamp("ms"))
+    for column in (latin, dates):
+        pyarrow.parquet.write_table(pyarrow.table({"a": column}), tmp_path / "a.parquet")
+        with pytest.raises(DataError, match="a.parquet:row 2: expected plain values, found one that cannot be read"):
+            rows(str(tmp_path / "a.parquet"))
+
+
+def test_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    twice = pyarrow.Table.from_arrays([pyarrow.array(["a"])] * 2, names=["text", "text"])
+    pyarrow.parquet.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(DataError, match="expected one distinct name per column, found text, text"):
+        rows(str(tmp_path / "a.parquet"))

@@ -107,6 +107,7 @@ def test_bad_paths(write: Write, tmp_path: Path) -> None:
         "wrong": "found notes.txt",
         "empty": "found an empty folder",
         "pipe.jsonl": "expected a file, found something else",
+        "a" * 300: "found nothing",
     }
     for name, message in cases.items():
         with pytest.raises(DataError) as caught:
@@ -233,3 +234,10 @@ def test_the_embedded_task_is_a_source_of_its_own() -> None:
     assert fingerprint(source, facts.located) != fingerprint(SourceBlock(path="demo:prompts"), prompts)
     with pytest.raises(DataError, match="expected one of demo:sft, .*found demo:pears"):
         locate(SourceBlock(path="demo:pears"), "data")
+
+
+def test_a_part_without_rows_and_a_home_of_nobody(write: Write) -> None:
+    with pytest.raises(DataError, match="expected rows in part 2/2, found none"):
+        check_sources(DataBlock(path=write("a.jsonl", [ROW]), part="2/2"), "tokens")
+    with pytest.raises(DataError, match="~nobody-at-all/a.jsonl: expected a file, .*found nothing"):
+        check_sources(DataBlock(path="~nobody-at-all/a.jsonl"), "tokens")

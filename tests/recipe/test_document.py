@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import pytest
 import yaml
 
 from rlhf.errors import RecipeError
-from rlhf.recipe.document import Document, read_document, to_yaml
+from rlhf.recipe.document import MAX_TOLD, Document, read_document, to_yaml
+from rlhf.recipe.problems import Problem
 
 VALUES = [
     ("1e-5", 1e-5),
@@ -77,7 +79,7 @@ def test_nan_is_read(tmp_path: Path) -> None:
 
 def test_what_is_written_reads_back_equal_for_us_and_for_yaml_1_1(tmp_path: Path) -> None:
     texts = [text for text, _ in VALUES] + ["a: b", "#", "- x", " x ", "ä\n\tü", "1_0", "y", "123", "0b1", "+1", "1."]
-    values = {"texts": texts, "numbers": [1e-5, 1e22, 5e-324, 1e16, -0.0, 3, 10**20], "none": None, "yes": True}
+    values = {"texts": texts, "numbers": [1e-5, 1e22, 5e-324, 1e16, -0.0, 3, 2**63 - 1], "none": None, "yes": True}
     for one_line in (False, True):
         written = to_yaml(values, one_line=one_line)
         assert yaml.safe_load(written) == values
@@ -117,13 +119,14 @@ def test_every_key_and_value_has_its_line_and_column(tmp_path: Path) -> None:
         ("a: &x 1\n---\nb: 2", "r.yaml:2:1: expected valid YAML, found an error expected a single document"),
         ("a: *nowhere", "r.yaml:1:4: expected valid YAML, found an error found undefined alias"),
         ("a: 1\nb: \x07", "r.yaml:2:4: expected text, found the control character '\\x07'"),
-        (b"a: \xff\xfe", "r.yaml: expected a YAML file, found bytes that are not UTF-8 in line 1"),
-        ("a: 1".encode("utf-16"), "r.yaml: expected a YAML file, found bytes that are not UTF-8 in line 1"),
+        (b"a: 1\nb: \xff\xfe", "r.yaml:2:4: expected a YAML file, found the byte 0xff, which is not UTF-8"),
+        ("a: 1".encode("utf-16"), "r.yaml:1:1: expected a YAML file, found UTF-16"),
         (b"a: 1\n" * 100_000, "r.yaml: expected a YAML file, found more than 256 KiB"),
-        ("a: " + "[" * 5000, "r.yaml:1:1: expected plain values, found them nested too deeply"),
+        ("a: " + "[" * 5000, "r.yaml:1:34: expected plain values, found values nested too deeply"),
+        ("a: [" + "1," * 30_000 + "1]", "r.yaml:1:9999: expected plain values, found more than 5,000 values"),
         ("a: " + "[" * 40 + "]" * 40, "r.yaml:1:34: expected plain values, found values nested too deeply"),
         ("a: &a [*a]", "r.yaml:1:4: expected plain values, found values nested too deeply"),
-        ('a: "\\UFFFFFFFF"', "r.yaml:1:1: expected valid YAML, found an error"),
+        ('a: 1\nb: "\\UFFFFFFFF"', "r.yaml:2:7: expected valid YAML, found an error"),
     ],
 )
 def test_unreadable_files_are_one_message_with_a_place(text: str | bytes, expected: str, tmp_path: Path) -> None:
@@ -138,7 +141,7 @@ def test_tabs_are_named(tmp_path: Path) -> None:
 def test_alias_bomb_is_refused_at_once(tmp_path: Path) -> None:
     bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n"
     bomb += "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 15))
-    assert "expected plain values, found more than 20,000 values" in message(bomb, tmp_path)
+    assert "expected plain values, found more than 5,000 values" in message(bomb, tmp_path)
 
 
 def test_harmless_aliases_work(tmp_path: Path) -> None:
@@ -176,7 +179,8 @@ def test_encoding_mark_and_windows_lines_are_fine(tmp_path: Path) -> None:
         ("a: !!binary aGk=", (1, 4), "found the tag !!binary"),
         ("a: !!int abc", (1, 4), "expected !!int, found 'abc'"),
         ("a: !!bool maybe", (1, 4), "expected !!bool, found 'maybe'"),
-        ("a: " + "9" * 5000, (1, 4), "expected !!int, found"),
+        ("a: " + "9" * 5000, (1, 4), "expected a whole number of at most 64 bits, found"),
+        ("a: 0x" + "f" * 5000, (1, 4), "expected a whole number of at most 64 bits, found"),
         ('a: "\\ud800"', (1, 4), "expected !!str, found"),
     ],
 )
@@ -198,3 +202,20 @@ def test_any_bytes_are_read_or_refused(tmp_path: Path) -> None:
             assert isinstance(read(text, tmp_path).values, dict)
         except RecipeError as error:
             assert "r.yaml" in str(error)
+
+
+def test_keys_with_dots_do_not_take_the_place_of_others(tmp_path: Path) -> None:
+    document = read("train.lr: 3\ntrain: {lr: x}\n", tmp_path)
+    assert (document.spot("train.lr")[:2], document.values) == ((2, 13), {"train.lr": 3, "train": {"lr": "x"}})
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "r.yaml")
+    with pytest.raises(RecipeError, match="expected a YAML file, found something that is no file"):
+        read_document(tmp_path / "r.yaml")
+
+
+def test_thousands_of_problems_are_counted_and_long_ones_shortened(tmp_path: Path) -> None:
+    document = read("a: 1\n", tmp_path)
+    told = str(document.error([Problem(f"k{i}", "x" * 5000 + "\n") for i in range(100)])).splitlines()
+    assert len(told) == MAX_TOLD + 1 and told[-1] == "... and 80 more problems" and max(map(len, told)) < 700

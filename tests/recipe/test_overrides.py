@@ -80,6 +80,8 @@ def test_items_of_a_list_are_reached(load: Callable[..., LoadedRecipe]) -> None:
             "data.sources.1.path=x",
             "--set data.sources.1.path=x: data.sources.1: expected an index from 0 to 0, found 1",
         ),
+        ("data.sources.².path=x", "data.sources.²: expected an index from 0 to 0, found ²"),
+        (f"data.sources.{'9' * 5000}.path=x", ": expected an index from 0 to 0, found 999"),
         ("data.sources.x.path=x", "data.sources.x: expected an index from 0 to 0, found x"),
         (
             "train.betas=[1",
@@ -160,3 +162,8 @@ def test_what_a_file_says_about_a_replaced_value_goes_with_it(load: Callable[...
     assert len(loaded.notices) == 4
     kept = load(hub, "sft", "data.path=other/rows", "data.name=small")
     assert (kept.recipe.data.name, kept.recipe.data.split) == ("small", "train")
+
+
+def test_text_that_reads_like_a_number_too_large_is_text(load: Callable[..., LoadedRecipe]) -> None:
+    revision = "1234567890" * 4
+    assert load(BASE, "sft", "model.path=x", f"model.revision={revision}").recipe.model.revision == revision
