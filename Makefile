@@ -12,7 +12,7 @@ ARGS ?=
 
 launch := $(if $(GPUS),--gpus $(GPUS)) $(if $(NODES),--num-nodes $(NODES)) $(if $(HOSTFILE),--hostfile $(HOSTFILE))
 data := $(if $(DATA),--set data.path=$(DATA))
-jobs := -n logical --maxprocesses 4 --dist loadgroup --no-loadscope-reorder
+jobs := -n logical --maxprocesses 4 --no-loadscope-reorder
 pipeline := $(if $(filter tiny,$(SIZE)),tiny.yaml,pipeline.yaml)
 
 .PHONY: help setup demo test check bench reliability clean hh gsm8k reviews

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -23,19 +24,32 @@ from rlhf.data.demo import DemoSizes, write_demo_data
 ROOT = Path(__file__).parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Who goes to which process of `pytest -n`: a file's tests stay together, since they share what is made once.
+@functools.cache
+def scope(nodeid: str) -> str:
+    """Which tests stay together under `pytest -n`: those of a file, since they share what is made once.
 
-    Tests that start two ranks are one group, `ranks`, so that no two of them run at once, and the first to begin, since
-    it is the longest. A file whose other tests need the same results says so with a mark of its own.
+    All files with tests that start two ranks are one scope, `ranks`, so that no two such tests run at once.
     """
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        return
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            is_distributed = item.get_closest_marker("distributed") is not None
-            item.add_marker(pytest.mark.xdist_group("ranks" if is_distributed else str(item.path)))
-    items.sort(key=lambda item: item.get_closest_marker("xdist_group").args != ("ranks",))
+    file = nodeid.partition("::")[0]
+    return "ranks" if "mark.distributed" in (ROOT / file).read_text(encoding="utf-8") else file
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Under `pytest -n` the scope `ranks` begins first, since it is the longest."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: scope(item.nodeid) != "ranks")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Hands out whole scopes, in the order of the tests."""
+    from xdist.scheduler import LoadScopeScheduling  # only with -n
+
+    class ByScope(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return scope(nodeid)
+
+    return ByScope(config, log)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,6 @@ import torch
 
 from rlhf.engine.engine import sum_terms
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one rank's results are made once, for all tests
 WORKER = Path(__file__).with_name("equality_worker.py")
 ROOT = Path(__file__).parents[2]
 GRADIENT, WEIGHTS = 1e-6, 2e-6  # relative difference of every tensor, in norm

@@ -21,7 +21,6 @@ from rlhf.models.export import save_policy, save_scorer
 from rlhf.models.forward import PolicyModule, ScorerModule
 from rlhf.recipe.schema import InitBlock
 
-pytestmark = pytest.mark.xdist_group("ranks")  # one rank's results are made once, for all tests
 WORKER = Path(__file__).with_name("shared_worker.py")
 ROOT = Path(__file__).parents[2]
 INIT = InitBlock(hidden=32, layers=2, heads=4, kv_heads=2, ffn=64, vocab=300, context=64)
