@@ -16,7 +16,6 @@ from rlhf.errors import UserError
 from rlhf.run.commit import (
     MANIFEST,
     TEMPORARY,
-    Lock,
     append_jsonl,
     commit_dir,
     fresh_temporary,
@@ -24,11 +23,12 @@ from rlhf.run.commit import (
     verify,
     write_atomic,
 )
+from rlhf.run.lock import Lock
 
 _FREE_ENOUGH = 2**30
 _SLOW_S = 1.0
 _PROBE = 4 * 2**20
-_HOLD = "import sys; from rlhf.run.commit import Lock; from pathlib import Path; Lock(Path(sys.argv[1])).acquire()"
+_HOLD = "import sys; from rlhf.run.lock import Lock; from pathlib import Path; Lock(Path(sys.argv[1])).acquire()"
 
 
 def check_disk(run: Path) -> Iterator[Finding]:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.doctor.disk import check_disk, check_lock, hold
-from rlhf.run.commit import Lock
+from rlhf.run.lock import Lock
 
 ROOT = Path(__file__).parents[2]
 
