@@ -17,7 +17,7 @@ from rlhf.algo.masked import row_sums
 from rlhf.batch import Answers
 from rlhf.engine import dist
 from rlhf.engine.engine import Engine
-from rlhf.errors import UserError
+from rlhf.errors import NotFiniteError, UserError
 from rlhf.train import memory
 from rlhf.train.loop import Collected
 from rlhf.train.objectives import answer_logprobs, trim
@@ -75,6 +75,7 @@ class PreferenceCollector:
         """Numbers per row of the global batch, by the name under which losses ask for them."""
         batch = pool.batch(list(range(len(pool))))
         sums, lengths, mismatched, values = self._measure(pool, any(term.needs_mismatched for term in coupled))
+        refuse_not_finite(sums, batch.row, step)
         extras: dict[str, Tensor] = {}
         if self.critic is not None:
             assert isinstance(batch, Answers) and batch.ref is not None
@@ -141,6 +142,22 @@ class PreferenceCollector:
             )
         trained = {name: value for name, value in metrics.items() if name.startswith("train/")}
         return self.objective.total(trained), None
+
+
+def refuse_not_finite(sums: Tensor, rows: Tensor, step: int) -> None:
+    """Log-prob sums that are not finite would stay in running numbers for good: nothing is learned from the step.
+
+    sums: (B,) or (B, K) of rows with these numbers of records, (B,).
+    """
+    bad = (~sums.isfinite()).view(len(sums), -1).any(-1)
+    if bad.any():
+        raise NotFiniteError(
+            f"expected finite log-probs, found {int(bad.sum())} of {len(bad)} rows with others",
+            found={"log-probs of answers": str(float(sums[~sums.isfinite()][0]))},
+            rows=rows[bad.to(rows.device)].tolist(),
+            where=f"step {step + 1}",
+            fix="Lower train.lr, or look at these rows.",
+        )
 
 
 def uniform(seed: int, step: int, row: int) -> float:

@@ -21,6 +21,7 @@ from rlhf.errors import NotFiniteError, NumericsError, UserError
 from rlhf.recipe.schema import DataBlock, LogBlock, OptimBlock, SourceBlock, ZeroBlock
 from rlhf.run.rundir import RunDir
 from rlhf.train.checkpoints import Checkpoints, Running, load_checkpoint
+from rlhf.train.coupling import refuse_not_finite
 from rlhf.train.loop import Collected, Stage, fit, update
 from rlhf.train.metrics import MetricsLog
 from rlhf.train.pool import Budget, Pool
@@ -309,3 +310,11 @@ def test_what_was_left_out_is_cut_back_with_the_other_logs(tmp_path):
     folder.skipped.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 3, 3, 4)))
     folder.cut_logs(3)
     assert [line["step"] for line in lines(folder.skipped)] == [1, 3, 3]
+
+
+def test_running_numbers_of_a_loss_take_in_nothing_that_is_not_finite():
+    sums, rows = torch.tensor([[-1.0, -2.0], [-3.0, -torch.inf]]), torch.tensor([4, 9])
+    refuse_not_finite(sums[:1], rows[:1], 0)
+    with pytest.raises(NotFiniteError, match="step 3: expected finite log-probs, found 1 of 2 rows") as caught:
+        refuse_not_finite(sums, rows, 2)
+    assert caught.value.rows == [9] and caught.value.found == {"log-probs of answers": "-inf"}
