@@ -70,7 +70,7 @@ def run_here(id: str, options: argparse.Namespace) -> int:
 
 
 def run_all(ids: list[str], options: argparse.Namespace, work: Path) -> list[Result]:
-    """Every row in a process of its own; first those that may run side by side, the longest first."""
+    """Every row in a process of its own; first those that may run side by side."""
     together = [id for id in ids if not ROWS[id].alone]
     with ThreadPoolExecutor(JOBS) as pool:
         found = dict(zip(together, pool.map(lambda id: run_apart(id, options, work), together), strict=True))

@@ -1,4 +1,6 @@
-"""All rows: importing this module enters every scenario."""
+"""All rows, in order of their numbers: importing this module enters every scenario."""
+
+import re
 
 from scripts.reliability import (
     crashes,
@@ -23,7 +25,16 @@ from scripts.reliability import (
     starts,
     stops,
 )
-from scripts.reliability.row import ROWS
+from scripts.reliability.row import ROWS as entered
+
+
+def _number(id: str) -> tuple[str, int, str]:
+    """R2 before R10, S7 before S7b."""
+    letter, digits, rest = re.fullmatch(r"([A-Z])(\d+)(.*)", id).groups()  # type: ignore[union-attr]
+    return letter, int(digits), rest
+
+
+ROWS = {id: entered[id] for id in sorted(entered, key=_number)}
 
 __all__ = [
     "ROWS",
