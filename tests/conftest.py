@@ -6,6 +6,7 @@ import functools
 import json
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +23,12 @@ import yaml
 from rlhf.data.demo import DemoSizes, write_demo_data
 
 ROOT = Path(__file__).parents[1]
+
+
+def pytest_configure() -> None:
+    """Signals as in a terminal: in a background job SIGINT and SIGHUP are ignored, also by the commands it starts."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ _COUPLED = "z0 shift bco_count bco_mean batch_beta beta_dpo_mean beta_dpo_std"
 _SCORED = "score_mean score_std model exact numeric format length function process http demo_gold"
 _ONLINE = {
     "speed": "seconds tokens_per_second rollout_seconds rollout_tokens_per_second",
+    "train": "skipped",
     "reward": f"{_SCORED} processed_mean unscored flat_groups",
     "test": f"{_SCORED} train_shift shift gap",
     "rollout": """
@@ -50,7 +51,7 @@ def metric_names(stage: str) -> set[str]:
     if stage in _SUPERVISED:
         groups = {
             "speed": "seconds tokens_per_second",
-            "train": f"{_SUPERVISED[stage]} {_UPDATED}",
+            "train": f"{_SUPERVISED[stage]} {_UPDATED} skipped",
             "eval": _SUPERVISED[stage],
             **({"coupling": _COUPLED, "value": f"loss mean {_UPDATED}"} if stage == "dpo" else {}),
         }

@@ -73,7 +73,7 @@ class Ours:
         """Collect a batch and learn from it."""
         self._rewarding = 0.0
         started = time.perf_counter()
-        collected = loop.collect(self.stage, number, 0)
+        collected = self.stage.collector.collect(number)
         ready = time.perf_counter()
         metrics = {**loop.update(self.stage, number, collected), **collected.metrics}
         self.stage.collector.learned(number, metrics)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -43,6 +44,9 @@ def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run rows, print a line for each, write the page. Returns the exit code."""
     options = parsed(arguments)
+    # As in a terminal: in a background job these are ignored, also by the commands it starts.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     ids = list(ROWS) if "all" in options.rows else list(dict.fromkeys(options.rows))
     if options.result is not None:
         return run_here(ids[0], options)

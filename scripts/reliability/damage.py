@@ -99,6 +99,7 @@ def edit(folder: Path, other: Path, draw: random.Random) -> list[str]:
 def configure(folder: Path, other: Path, draw: random.Random) -> list[str]:
     """Another shape or seed in a JSON file that belongs to the content, e.g. the model's config."""
     found = [file for file in files(folder)[:-1] if file.suffix == ".json"]
+    found = [file for file in found if any(map(str.isdigit, file.read_text()))]
     file = draw.choice([each for each in found if each.name == "config.json"] or found)
     content = file.read_text()
     digits = [index for index, char in enumerate(content) if char.isdigit()]

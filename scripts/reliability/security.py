@@ -15,7 +15,7 @@ import pyarrow.parquet
 from rlhf.cli.floors import FLOORS, refuse_old
 from rlhf.errors import UnsafeError
 from rlhf.models.trust import code_hash
-from rlhf.run.commit import MANIFEST, checkpoint_dirs, hash_file
+from rlhf.run.commit import MANIFEST, checkpoint_dirs, hash_file, sealed
 from scripts.reliability.escapes import only_loopback
 from scripts.reliability.evil import TRICKS, Harmful
 from scripts.reliability.lab import Lab
@@ -29,7 +29,7 @@ def remade(folder: Path) -> None:
     for name in manifest["files"]:
         file = folder / name
         manifest["files"][name] = {"size": file.stat().st_size, "sha256": hash_file(file)}
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    (folder / MANIFEST).write_text(json.dumps(sealed(manifest)))
 
 
 # --- S1 ---------------------------------------------------------------------------------------------------------------

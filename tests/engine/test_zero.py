@@ -15,7 +15,7 @@ def test_a_trained_model(stage):
     block = ZeroBlock(stage=stage, bucket_size=5000, persistence_threshold=7)
     config = zero.trained_config(block, OptimBlock(max_grad_norm=0.5), bf16=stage > 0)
     assert config["train_micro_batch_size_per_gpu"] == config["gradient_accumulation_steps"] == 1
-    assert config["bf16"] == {"enabled": stage > 0}
+    assert config["bf16"] == {"enabled": stage > 0, "check_grad_overflow": True}
     # stage 0 clips in the engine, which must see the norm before the step
     assert config["gradient_clipping"] == (0.5 if stage else 0.0)
     sharding = config["zero_optimization"]

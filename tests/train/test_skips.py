@@ -117,7 +117,8 @@ def stage(folder: Path, objectives: list[Squares], collector: Collector, limit: 
 
 def run(folder: Path, one: Stage, first_step: int = 0) -> dict[str, float]:
     with Progress("test", one.steps, first_step, Console(quiet=True)) as progress:
-        return fit(one, first_step, MetricsLog(folder / "metrics.jsonl", LogBlock(), "run"), progress, StopRequest())
+        log = MetricsLog(folder / "metrics.jsonl", LogBlock(), "run", first_step)
+        return fit(one, first_step, log, progress, StopRequest())
 
 
 def lines(path: Path) -> list[dict]:
