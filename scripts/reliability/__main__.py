@@ -4,13 +4,13 @@
     python -m scripts.reliability all --write docs/reliability.md
 
 Every row runs in a process of its own with a lab of its own; rows that start two ranks run alone, others side by side.
-Exits 1 where anything did not end as it must.
+Exits 1 where anything did not end as it must. With --work the page also has what earlier calls have left there: after a
+correction its row alone is run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import subprocess
@@ -56,8 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         started = time.monotonic()
         results = run_all(ids, options, work)
         seconds = time.monotonic() - started
+        earlier = {id: Result.read(work / f"{id}.json") for id in ROWS if id not in ids}
     if options.write is not None:
-        write_atomic(options.write, page(results, seconds))
+        known = {result.id: result for result in (*results, *filter(None, earlier.values()))}
+        is_whole = len(results) == len(ROWS)
+        write_atomic(options.write, page([known[id] for id in ROWS if id in known], seconds if is_whole else None))
     return int(any(result.violations for result in results))
 
 
@@ -68,8 +71,7 @@ def run_here(id: str, options: argparse.Namespace) -> int:
     row, work = ROWS[id], options.work
     lab = Lab.made(work / "lab")
     tally, seconds = row.run(lab, tries=options.tries or row.full, seed=options.seed)
-    result = Result(id, tally.tried, tally.violations, tally.remarks, seconds)
-    write_atomic(options.result, json.dumps(vars(result)))
+    Result(id, tally.tried, tally.violations, tally.remarks, seconds).write(options.result)
     return 0
 
 
@@ -92,10 +94,10 @@ def run_apart(id: str, options: argparse.Namespace, work: Path) -> Result:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         command = [sys.executable, "-m", "scripts.reliability", *words]
         done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-    if done.returncode or not result.exists():
+    found = Result.read(result)
+    if done.returncode or found is None:
         found = Result(id, 0, [f"the row itself ended with {done.returncode}: {done.stderr[-2000:]}"], [], 0.0)
-    else:
-        found = Result(**json.loads(result.read_text()))
+        found.write(result)
     print(found.line(), flush=True)
     for violation in found.violations:
         print(f"    {violation}", flush=True)
