@@ -31,13 +31,15 @@ _KEYS = re.compile(
     r"|passwd|passphrase|credentials?|authorization)",
     re.IGNORECASE,
 )
-_NOTHING = ("", "~", "null", "true", "false")
+_NOTHING = re.compile(r"|~|null|true|false|-?\d{1,6}(\.\d+)?")  # a misspelt `micro_tokens: 512` is no secret
 _FIX = "take it out: keys come from the environment (api_key_env names the variable, HF_TOKEN is read by itself)"
 
 
 def secrets(document: Document) -> list[Problem]:
     """A problem for every place of a recipe, comments and `--set` included, that looks like a key or password."""
-    return [*_in_text(document), *_in_values(document)]
+    values = list(_in_values(document))
+    told = {problem.spot.line for problem in values if problem.spot is not None and problem.spot.override is None}
+    return [*values, *(problem for problem in _in_text(document) if problem.spot and problem.spot.line not in told)]
 
 
 def _in_text(document: Document) -> Iterator[Problem]:
@@ -51,8 +53,10 @@ def _in_text(document: Document) -> Iterator[Problem]:
 def _in_values(document: Document) -> Iterator[Problem]:
     for key, mark in document.marks.items():
         text, spot = mark.text or "", mark.value
-        named = _KEYS.fullmatch(key.rpartition(".")[2]) and text.lower() not in _NOTHING
+        named = _KEYS.fullmatch(key.rpartition(".")[2]) and not _NOTHING.fullmatch(text.lower())
         if named or _SHAPES.search(text):
             if spot.override is not None:  # the text of the option is the secret: only its key is shown
                 spot = Spot(spot.line, spot.column, f"{key}=...")
-            yield Problem(key if named else "", "expected no secret, found what looks like one", _FIX, spot=spot)
+            yield Problem(
+                "" if _SHAPES.search(key) else key, "expected no secret, found what looks like one", _FIX, spot=spot
+            )

@@ -27,6 +27,7 @@ from rlhf.train.metrics import Meter, MetricsLog, Totals
 from rlhf.train.objectives import Objective
 from rlhf.train.pool import Budget, Micro, Pool
 from rlhf.train.progress import Progress
+from rlhf.train.seeding import derive, seed_everything
 from rlhf.train.signals import StopRequest
 from rlhf.train.skips import ROLLOUT, Skips
 from rlhf.train.standing import Standing
@@ -86,6 +87,7 @@ class Stage:
     settle: Callable[[], None]  # waits until the last checkpoint is on the disk
     report: Callable[[int, str, float | None], None]
     skips: Skips | None  # None where nothing is learned
+    seed: int  # of what draws from the global generators in a step: dropout
     policy_starts: int = 0  # steps before which only the critic learns
     target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
     measures_move: bool = False  # look once more how far the policy has moved, after its last update
@@ -147,6 +149,7 @@ class Course:
 def learn(course: Course, step: int) -> dict[str, float]:
     """Collect a batch and learn from it. Returns the step's metrics."""
     stage, started = course.stage, time.monotonic()
+    seed_everything(derive(stage.seed, "step", step, dist.rank()))
     collected = collect(course, step)
     with memory.phase("the update", "train.micro_tokens"):
         metrics = {**update(stage, step, collected), **collected.metrics}

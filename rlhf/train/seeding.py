@@ -20,6 +20,9 @@ def permutation(size: int, seed: int) -> list[int]:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed the global generators, which only dropout and libraries draw from."""
+    """Seed the global generators, which only dropout and libraries draw from: at the start, and before every step.
+
+    So a step draws the same whether the steps before it were made in this process or not.
+    """
     random.seed(seed)
     torch.manual_seed(seed)

@@ -226,6 +226,7 @@ def to_stage(
         budget=parts.budget,
         collector=parts.collector,
         objectives=parts.objectives,
+        seed=job.seed,
         key_metric=parts.key_metric,
         log_every=recipe.log.every,
         checkpoint_every=recipe.checkpoint.every,

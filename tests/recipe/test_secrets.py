@@ -82,3 +82,13 @@ def test_what_is_no_secret_passes(load, text):
 def test_the_name_of_a_variable_is_one(refuse):
     text = MINIMAL + "rewards: [{kind: http, url: 'http://a/', api_key_env: 'not a name'}]\n"
     assert "rewards.0.api_key_env: expected the name of an environment variable" in refuse(text, "grpo")[0]
+
+
+def test_a_misspelt_key_with_a_number_is_no_secret(refuse):
+    (told,) = refuse(f"{MINIMAL}train: {{micro_token: 512}}\n")
+    assert "train.micro_tokens" in told and "secret" not in told
+
+
+def test_what_is_found_twice_on_a_line_is_told_once_with_its_key(refuse):
+    (told,) = refuse(f"{MINIMAL}log: {{wandb: 'https://me:{CANARY}@example.com/x'}}\n")
+    assert told.startswith("r.yaml:3:14: log.wandb: expected no secret")

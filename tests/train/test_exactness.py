@@ -88,6 +88,21 @@ def test_a_run_goes_on_from_a_checkpoint_as_if_nothing_had_happened(cli, tiny, n
     assert states[0] != states[1] or name in ("greedy", "refills"), "nothing to remember"
 
 
+def test_dropout_is_drawn_again_as_it_was(cli, tiny):
+    options = ["--set", "model.lora={rank: 4, dropout: 0.2}", "--set", "model.dropout=true", "--set", "train.steps=4"]
+    options += ["--set", "checkpoint={every: 1, keep: 4}"]
+    done = cli(*tiny.command("sft", "--name", "dropout", *options))
+    assert done.code == 0, done.err
+    for step in (1, 3):
+        again = f"dropout-{step}"
+        interrupted(tiny.root / "dropout", tiny.root / again, step)
+        done = cli(*tiny.command("sft", "--name", again, *options))
+        assert done.code == 0, done.err
+        assert comparable(tiny.rows(again)) == comparable(tiny.rows("dropout")), step
+        one, two = (tiny.root / run / "model" / "model.safetensors" for run in ("dropout", again))
+        assert one.read_bytes() == two.read_bytes(), step
+
+
 # --- on several ranks -------------------------------------------------------------------------------------------------
 
 

@@ -110,6 +110,7 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
         budget=Budget(2),
         collector=collector,
         objectives=objectives,
+        seed=0,
         key_metric="policy/loss",
         log_every=1,
         checkpoint_every=0,

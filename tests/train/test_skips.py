@@ -98,6 +98,7 @@ def stage(folder: Path, objectives: list[Squares], collector: Collector, limit: 
         budget=Budget(2),
         collector=collector,
         objectives=objectives,
+        seed=0,
         key_metric="policy/loss",
         log_every=1,
         checkpoint_every=0,
