@@ -73,7 +73,7 @@ def killed(lab: Lab, tally: Tally, variant: Variant, tries: int, draw: random.Ra
     expected="bit-identical end",
     asked="10 per stage",
     quick=1,
-    full=18,
+    full=60,
 )
 def killed_five_times(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     """tries: over all stages in turn, each of a variant of its own."""

@@ -42,7 +42,11 @@ def page(results: list[Result], seconds: float | None) -> str:
     violations = sum(len(result.violations) for result in results)
     tried = sum(result.tried for result in results)
     machine = f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}"
-    duration = "run in several calls" if seconds is None else f"in {seconds / 60:.0f} minutes"
+    duration = (
+        f"rows of {sum(result.seconds for result in results) / 60:.0f} minutes, run in several calls"
+        if seconds is None
+        else f"in {seconds / 60:.0f} minutes"
+    )
     lines = [
         "# Reliability",
         "",

@@ -30,7 +30,7 @@ EMBEDDING = "model.embed_tokens.weight"
     " to 4 before anything is sampled; never an index error",
     asked="30",
     quick=4,
-    full=18,
+    full=30,
 )
 def readers(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     """tries: reward models in turn, with a seed of their own for what is sampled."""

@@ -78,7 +78,7 @@ def score(rows, answers):
     " repaired, the same command ends bit-identical to a run without faults",
     asked="100",
     quick=3,
-    full=60,
+    full=100,
 )
 def reward_faults(lab: Lab, tally: Tally, tries: int, seed: int) -> None:
     """tries: two of three meet a service, one a function."""
