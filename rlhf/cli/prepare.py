@@ -18,7 +18,8 @@ from rlhf.recipe.problems import Problem
 from rlhf.recipe.reward_options import FunctionReward, ProcessReward
 from rlhf.recipe.reward_rules import named_rewards
 from rlhf.recipe.stages import RECIPES, AnyRecipe, LearningRecipe, Recipe, data_blocks
-from rlhf.run.lineage import Parent, hash_file
+from rlhf.run.content import hash_file
+from rlhf.run.lineage import Parent
 from rlhf.run.rundir import RunDir, resolve_parent
 from rlhf.train.job import (
     LABELLED,

@@ -25,12 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import CheckpointError, UnsafeError
-from rlhf.run.content import READERS
-from rlhf.run.content import check_hashes as check_hashes
-from rlhf.run.content import hash_file as hash_file
-from rlhf.run.content import list_files as list_files
-from rlhf.run.disk import PRIVATE_FILE, PRIVATE_FOLDER, tree_bytes
-from rlhf.run.disk import disk as disk
+from rlhf.run.content import READERS, check_hashes, hash_file, list_files
+from rlhf.run.disk import PRIVATE_FILE, PRIVATE_FOLDER, disk, tree_bytes
 
 MANIFEST = "MANIFEST.json"
 TEMPORARY = ".tmp-"

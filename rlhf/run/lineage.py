@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import CheckpointError
-from rlhf.run.commit import MANIFEST, hash_file, list_files, manifest_files, plain, read_json
+from rlhf.run.commit import MANIFEST, manifest_files, plain, read_json
+from rlhf.run.content import hash_file, list_files
 
 PROVENANCE = "provenance.json"
 _PACKAGES = (

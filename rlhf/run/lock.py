@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf.errors import BusyError, CheckpointError
-from rlhf.run.commit import disk, read_json
-from rlhf.run.disk import PRIVATE_FILE, make_private
+from rlhf.run.commit import read_json
+from rlhf.run.disk import PRIVATE_FILE, disk, make_private
 
 _AT_LEAST = 3  # tries: `holder` of another process may have the lock for an instant
 _PAUSES = (0.02, 0.05, *[0.1] * 9)  # seconds between tries, as long as the note tells of no living process
@@ -31,7 +31,7 @@ class Lock:
             make_private(self.path.parent)
             flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
             handle = os.open(self.path, flags, PRIVATE_FILE)
-            if not self._take(handle):
+            if not self._try(handle, fcntl.LOCK_EX, _AT_LEAST):
                 os.close(handle)
                 raise BusyError(f"held by {describe_holder(self._read())}", where=str(self.path))
             owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
@@ -55,9 +55,6 @@ class Lock:
             return None if self._try(handle, fcntl.LOCK_SH, at_least=1) else self._read()
         finally:
             os.close(handle)
-
-    def _take(self, handle: int) -> bool:
-        return self._try(handle, fcntl.LOCK_EX, _AT_LEAST)
 
     def _try(self, handle: int, kind: int, at_least: int) -> bool:
         """Take it, shared or not, unless a living process has it.

@@ -18,6 +18,7 @@ from rlhf.errors import (
     UnsafeError,
 )
 from rlhf.run import commit
+from rlhf.run.disk import disk
 from rlhf.run.lock import Lock
 
 if TYPE_CHECKING:  # the folder opens itself: at run time only it knows this file
@@ -78,7 +79,7 @@ class Opened:
             or self.stage.checkpoints.exists()
         ):
             return False
-        with suppress(ResourceError), commit.disk(self.stage.path):
+        with suppress(ResourceError), disk(self.stage.path):
             commit.remove_dir(self.stage.path)
             if self._aside is not None:
                 self._aside.rename(self.stage.path)

@@ -21,7 +21,7 @@ from rlhf.errors import (
     UserError,
 )
 from rlhf.run import commit
-from rlhf.run.disk import make_private, refuse_foreign
+from rlhf.run.disk import disk, make_private, refuse_foreign
 from rlhf.run.lineage import (
     PROVENANCE,
     Parent,
@@ -174,20 +174,20 @@ class StageDir:
         """Remove a STOP that was meant for an earlier start. Returns whether there was one."""
         was_asked = self.stop.is_file()
         if was_asked:
-            with commit.disk(self.stop):
+            with disk(self.stop):
                 self.stop.unlink()
         return was_asked
 
     def _set_aside(self) -> Path:
         taken = [int(m[2]) for p in self.root.iterdir() if (m := SET_ASIDE.fullmatch(p.name)) and m[1] == self.name]
         aside = self.path.with_name(f"{self.name}.old-{max(taken, default=0) + 1}")
-        with commit.disk(self.path):
+        with disk(self.path):
             self.path.rename(aside)
             commit.fsync_path(self.root)
         return aside
 
     def _create(self, inputs: dict[str, Any]) -> tuple[Mode, None]:
-        with commit.disk(self.path):
+        with disk(self.path):
             make_private(self.path)
             commit.fsync_path(self.path.parent)
         if foreign := [p.name for p in self.path.iterdir() if not p.name.startswith(commit.TEMPORARY)]:
@@ -291,7 +291,7 @@ class StageDir:
 
     def log_handler(self) -> logging.FileHandler:
         """A handler that appends to log.txt, tracebacks included."""
-        with commit.disk(self.log):
+        with disk(self.log):
             handler = LogFile(self.log, mode="a", encoding="utf-8", errors="backslashreplace")
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
         return handler
@@ -319,7 +319,7 @@ class StageDir:
         files = {
             f"{part}/{name}": entry for part, folder in exported.items() for name, entry in commit.seal(folder).items()
         }
-        with commit.disk(self.path):
+        with disk(self.path):
             files |= {path.name: commit.seal_file(path) for path in plain_files}
             for part in PARTS:
                 if (self.path / part).exists():  # renamed by a publication that was interrupted before its manifest

@@ -67,9 +67,21 @@ class Average(Protocol):
         """Take in the weights after an optimizer step."""
 
 
+def _nothing_found(done: int) -> dict[str, float]:
+    return {}
+
+
+def _never(done: int) -> bool:
+    return False
+
+
+def _nothing_done(*_: object) -> None:
+    pass
+
+
 @dataclass
 class Stage:
-    """Everything `fit` needs. The callbacks get the number of finished steps."""
+    """Everything `fit` needs. The callbacks get the number of finished steps; a stage leaves out what it has not."""
 
     steps: int
     updates_per_step: int
@@ -79,15 +91,15 @@ class Stage:
     key_metric: str
     log_every: int
     checkpoint_every: int
-    evaluate: Callable[[int], dict[str, float]]
-    is_eval_step: Callable[[int], bool]
-    sample: Callable[[int], None]
-    is_sample_step: Callable[[int], bool]
-    checkpoint: Callable[[int], None]
-    settle: Callable[[], None]  # waits until the last checkpoint is on the disk
-    report: Callable[[int, str, float | None], None]
     skips: Skips | None  # None where nothing is learned
     seed: int  # of what draws from the global generators in a step: dropout
+    evaluate: Callable[[int], dict[str, float]] = _nothing_found
+    is_eval_step: Callable[[int], bool] = _never
+    sample: Callable[[int], None] = _nothing_done
+    is_sample_step: Callable[[int], bool] = _never
+    checkpoint: Callable[[int], None] = _nothing_done
+    settle: Callable[[], None] = _nothing_done  # waits until the last checkpoint is on the disk
+    report: Callable[[int, str, float | None], None] = _nothing_done
     policy_starts: int = 0  # steps before which only the critic learns
     target_kl: float | None = None  # ends the updates of a step once the policy has moved this far
     measures_move: bool = False  # look once more how far the policy has moved, after its last update

@@ -10,6 +10,7 @@ from rlhf.engine import dist
 from rlhf.errors import CheckpointError
 from rlhf.recipe.stages import OnlineRecipe
 from rlhf.run import commit
+from rlhf.run.content import check_hashes
 from rlhf.run.stage import PARTS
 from rlhf.train.job import Job
 from rlhf.train.layout import plan
@@ -50,7 +51,7 @@ def _set_aside(sound: Path, problems: list[CheckpointError]) -> None:
 
 def _check_share(checkpoint: Path) -> None:
     files = commit.verify(checkpoint, hash_limit=0)["files"]
-    commit.check_hashes(checkpoint, my_share(files))
+    check_hashes(checkpoint, my_share(files))
 
 
 def check_parents(job: Job) -> None:
@@ -71,7 +72,7 @@ def check_published(folder: Path) -> None:
     files = commit.verify(folder, parts=PARTS)["files"]
     big = {name: entry for name, entry in files.items() if entry["size"] > commit.SMALL_FILE}
     try:
-        commit.check_hashes(folder, my_share(big))
+        check_hashes(folder, my_share(big))
     except CheckpointError as error:
         fix = "Restore the file, or make that stage again with --restart."
         raise CheckpointError(error.what, where=error.where, fix=fix) from error

@@ -15,7 +15,8 @@ import pyarrow.parquet
 from rlhf.cli.floors import FLOORS, refuse_old
 from rlhf.errors import UnsafeError
 from rlhf.models.trust import code_hash
-from rlhf.run.commit import MANIFEST, checkpoint_dirs, hash_file, sealed
+from rlhf.run.commit import MANIFEST, checkpoint_dirs, sealed
+from rlhf.run.content import hash_file
 from scripts.reliability.escapes import only_loopback
 from scripts.reliability.evil import TRICKS, Harmful
 from scripts.reliability.lab import Lab

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from rlhf.errors import BusyError, CheckpointError, ResourceError, UnsafeError
-from rlhf.run import commit
+from rlhf.run import commit, content
 from rlhf.run.lock import Lock
 
 InChild = Callable[[Callable[[], object]], int]
@@ -171,7 +171,7 @@ def test_a_committed_folder_verifies(folder: Path) -> None:
     assert set(manifest["files"]) == {"rank0/optim.bin", "state.json"}
     assert manifest["files"]["state.json"] == {
         "size": (final / "state.json").stat().st_size,
-        "sha256": commit.hash_file(final / "state.json"),
+        "sha256": content.hash_file(final / "state.json"),
     }
     assert [p.name for p in folder.iterdir()] == ["step-000100"]
 

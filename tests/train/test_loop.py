@@ -114,13 +114,6 @@ def stage(objectives: list[Squares], collector: Collector, **changes) -> Stage:
         key_metric="policy/loss",
         log_every=1,
         checkpoint_every=0,
-        evaluate=lambda done: {},
-        is_eval_step=lambda done: False,
-        sample=lambda done: None,
-        is_sample_step=lambda done: False,
-        checkpoint=lambda done: None,
-        settle=lambda: None,
-        report=lambda done, name, value: None,
         skips=Skips(3, Path("skipped.jsonl"), lambda group, numbers: {}),
     )
     return replace(plain, **changes)

@@ -102,13 +102,6 @@ def stage(folder: Path, objectives: list[Squares], collector: Collector, limit: 
         key_metric="policy/loss",
         log_every=1,
         checkpoint_every=0,
-        evaluate=lambda done: {},
-        is_eval_step=lambda done: False,
-        sample=lambda done: None,
-        is_sample_step=lambda done: False,
-        checkpoint=lambda done: None,
-        settle=lambda: None,
-        report=lambda done, name, value: None,
         skips=Skips(
             limit, folder / "skipped.jsonl", lambda group, numbers: {n: f"rows.jsonl:{n + 1}" for n in numbers}
         ),
