@@ -115,7 +115,12 @@ def test_a_tracker_that_hangs_is_left_after_a_bounded_time(where, monkeypatch):
     warnings, asleep = warned(), threading.Event()
 
     def part(name: str, value: object = None) -> Callable[..., object]:
-        return lambda *_: asleep.wait(20) if name == where else value
+        def call(*_: object) -> object:
+            if name == where:
+                asleep.wait(20)
+            return value
+
+        return call
 
     one = trackers.Tracker("it", part("begin", (part("take"), part("end"))))
     started = time.monotonic()
@@ -125,3 +130,5 @@ def test_a_tracker_that_hangs_is_left_after_a_bounded_time(where, monkeypatch):
     assert 0.15 < time.monotonic() - started < 5
     assert warnings == ["it does not answer and is left: metrics.jsonl has all rows"]
     asleep.set()
+    one._thread.join(20)  # what it says later is not heard by another test
+    assert not one._thread.is_alive() and len(warnings) == 1
